@@ -1,0 +1,93 @@
+"""A set of captioned clips that can be read by number: from files, or from the decoded map of the embedded set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from smaug.data import shapes
+from smaug.data.decode import read_frames, read_image
+from smaug.data.manifest import ManifestError, Sample, Skip, check_files, read_manifest
+
+Pick = Callable[[int], Sequence[int]]  # of the number of a clip's frames: the indices wanted
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What to train on. With no manifest: the embedded data set `shapes`."""
+
+    manifest: tuple[Path, ...] = ()  # CSV, TSV, JSONL or Parquet files; several are joined
+    root: Path | None = None  # folder that the paths in a manifest start from; default: the manifest's own
+    eval_manifest: tuple[Path, ...] = ()  # pairs to evaluate on; default: the training pairs, and the result says so
+    video_column: str = "video"
+    image_column: str = "image"
+    caption_column: str = "caption"
+    batch: int = 64  # pairs a step
+    cache: bool = True  # read the embedded set from its decoded map; without it every clip is decoded live
+    max_bad: float = 0.05  # share of unusable files above which a run stops
+    vocabulary: int = 8192  # word pieces at most
+    workers: int = 2  # decoding threads
+
+
+@dataclass
+class Clips:
+    """`name` of the set, its samples, and which of them belong to subsets that are reported apart."""
+
+    name: str
+    samples: list[Sample]
+    size: int  # pixels of the square frames that `read` returns
+    frames: np.ndarray | None = None  # (clips, frames, size, size, 3) uint8, if all is decoded already
+    subsets: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (clips,) bool
+    skipped: list[Skip] = field(default_factory=list)  # found unusable before any was decoded
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, number: int, pick: Pick) -> np.ndarray:
+        """(F, size, size, 3) uint8 of one clip; an image has one frame, whatever is picked. Raises DecodeError."""
+        if self.frames is not None:
+            return self.frames[number, list(pick(self.frames.shape[1]))]
+        sample = self.samples[number]
+        return (
+            read_image(sample.path, self.size) if sample.kind == "image" else read_frames(sample.path, pick, self.size)
+        )
+
+
+def open_shapes(
+    split: str, size: int, cache: bool, report: shapes.Report, splits: dict[str, int] | None = None
+) -> Clips:
+    """The embedded data set, built on first use."""
+    folder = shapes.build(splits, report)
+    rows = [json.loads(line) for line in (folder / f"{split}.jsonl").open()]
+    return Clips(
+        name=f"shapes {split}",
+        samples=[Sample(folder / r["video"], "video", (r["caption"],), r["video"]) for r in rows],
+        size=size,
+        frames=shapes.decoded(folder, split, size, report) if cache else None,
+        subsets={"new_combinations": np.array([r["new_combination"] for r in rows])} if split != "train" else {},
+    )
+
+
+def open_manifest(paths: Sequence[Path], config: DataConfig, size: int) -> Clips:
+    """One's own data. Missing files are listed in `skipped`; too many of them end the run here."""
+    skipped: list[Skip] = []
+    columns = (config.video_column, config.image_column, config.caption_column)
+    samples = read_manifest(paths, config.root, *columns, skipped=skipped)
+    total = len(samples)
+    samples, missing = check_files(samples)
+    check_share(missing, total, config.max_bad)
+    return Clips(" + ".join(p.name for p in paths), samples, size, skipped=[*skipped, *missing])
+
+
+def check_share(bad: Sequence[Skip], total: int, limit: float) -> None:
+    """Raises ManifestError when more than `limit` of all files is unusable."""
+    if len(bad) > limit * total:
+        examples = "; ".join(f"{skip.name}: {skip.reason}" for skip in bad[:3])
+        raise ManifestError(
+            f"{len(bad)} of {total} files cannot be used, more than the {limit:.0%} that --data.max-bad allows. "
+            f"For example {examples}. Mend or remove them, or raise --data.max-bad."
+        )

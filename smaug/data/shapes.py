@@ -1,0 +1,344 @@
+"""`shapes`: the embedded data set. Really encoded video whose captions need colour, shape and the order of time.
+
+A clip shows two objects of different colours on a textured ground. One of them changes: mostly it grows or shrinks,
+sometimes it moves left, right, up or down on a canvas that wraps round, so that no single frame tells which.
+Every validation and test clip has a time-reversed twin with the reversed caption; a model blind to order cannot tell
+the two apart and tops out at R@1 = 50 %. Test captions are unique, and 20 % of the test's clips show a colour on a
+shape that training never combines.
+
+Files are VP9 in WebM, 128 x 128, 16 frames at 8 per second, and one `{split}.jsonl` a split. The set is built aside,
+checksummed and renamed into place, so a directory with the final name is whole. Then the clips are decoded once by
+the normal decoder into `frames-{size}-{split}.u8`, (clips, 16, size, size, 3) uint8, in the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+
+from smaug.data.decode import read_frames
+
+CANVAS = 128  # pixels; hardware decoders refuse much smaller VP9
+FRAMES = 16
+VERSION = 1  # raise it whenever a clip or a caption would come out differently
+
+COLOURS = {
+    "red": (225, 35, 35),
+    "green": (35, 190, 60),
+    "blue": (45, 75, 235),
+    "yellow": (240, 225, 45),
+    "purple": (170, 45, 210),
+    "white": (250, 250, 250),
+}
+SHAPES = ("square", "triangle", "cross", "ring")
+REVERSE = {
+    "grows": "shrinks",
+    "shrinks": "grows",
+    "moves left": "moves right",
+    "moves right": "moves left",
+    "moves up": "moves down",
+    "moves down": "moves up",
+}
+STEP = {"moves left": (0, -1), "moves right": (0, 1), "moves up": (-1, 0), "moves down": (1, 0)}  # (y, x) a frame
+# Two colours never meet on the same shape here, so every colour and every shape is still seen in training.
+NEW_COMBINATIONS = frozenset((colour, SHAPES[(2 * i) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
+SHARE_MOVES = 0.3
+SHARE_NEW = 0.2
+TEXTURES = 64
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One clip. Positions are centres in canvas pixels at frame 0, (y, x); diameters are in pixels."""
+
+    colour: str
+    shape: str
+    change: str  # a key of REVERSE; what the first object does
+    centre: tuple[int, int]
+    diameters: tuple[int, int]  # at the first and the last frame; equal for an object that moves
+    speed: int  # pixels a frame
+    still_colour: str
+    still_shape: str
+    still_centre: tuple[int, int]
+    still_diameter: int
+    still_first: bool  # which of the two the caption mentions first
+    texture: int
+
+    @property
+    def caption(self) -> str:
+        changing, still = f"the {self.colour} {self.shape}", f"the {self.still_colour} {self.still_shape}"
+        if self.still_first:
+            return f"{still} beside {changing} that {self.change}"
+        return f"{changing} {self.change} beside {still}"
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """What a caption says, whichever object it mentions first."""
+        return (self.colour, self.shape, self.still_colour, self.still_shape, self.change)
+
+    @property
+    def new_combination(self) -> bool:
+        return not NEW_COMBINATIONS.isdisjoint({(self.colour, self.shape), (self.still_colour, self.still_shape)})
+
+    def reversed(self) -> Scene:
+        """The same frames in the opposite order, and the caption that is then true."""
+        if self.change in STEP:
+            travelled = self.speed * (FRAMES - 1)
+            dy, dx = STEP[self.change]
+            end = ((self.centre[0] + dy * travelled) % CANVAS, (self.centre[1] + dx * travelled) % CANVAS)
+            return _replace(self, change=REVERSE[self.change], centre=end)
+        return _replace(self, change=REVERSE[self.change], diameters=self.diameters[::-1])
+
+
+def _replace(scene: Scene, **changes: object) -> Scene:
+    return Scene(**{**{k: getattr(scene, k) for k in Scene.__dataclass_fields__}, **changes})
+
+
+def draw_scene(rng: np.random.Generator, new: bool) -> Scene:
+    """A random scene; with `new`, its changing or its still object has a combination kept out of training."""
+    pairs = [(c, s) for c in COLOURS for s in SHAPES]
+    seen = [p for p in pairs if p not in NEW_COMBINATIONS]
+    unseen = sorted(NEW_COMBINATIONS)
+    objects = [seen[rng.integers(len(seen))], seen[rng.integers(len(seen))]]
+    if new:
+        objects[rng.integers(2)] = unseen[rng.integers(len(unseen))]
+    while objects[0][0] == objects[1][0]:
+        objects[1] = seen[rng.integers(len(seen))] if objects[1] not in NEW_COMBINATIONS else objects[1]
+        objects[0] = seen[rng.integers(len(seen))] if objects[0] not in NEW_COMBINATIONS else objects[0]
+    moves = rng.random() < SHARE_MOVES
+    change = str(rng.choice(list(STEP) if moves else ["grows", "shrinks"]))
+    # The two live in opposite halves, so they never hide each other; a mover's half lies along its path.
+    upright = bool(rng.integers(2)) if not moves else STEP[change][0] == 0  # halves are top and bottom
+    side = int(rng.integers(2))
+
+    def place(half: int) -> tuple[int, int]:
+        across, along = half * 64 + 32 + int(rng.integers(-1, 2)), int(rng.integers(31, CANVAS - 30))
+        return (across, along) if upright else (along, across)
+
+    small, large = int(rng.integers(34, 40)), int(rng.integers(54, 61))
+    held = int(rng.integers(40, 57))
+    diameters = {"grows": (small, large), "shrinks": (large, small)}.get(change, (held, held))
+    return Scene(
+        *objects[0], change, place(side), diameters, int(rng.integers(5, 7)),
+        *objects[1], place(1 - side), int(rng.integers(40, 57)),
+        bool(rng.integers(2)), int(rng.integers(TEXTURES)),
+    )  # fmt: skip
+
+
+def draw_split(split: str, clips: int) -> list[Scene]:
+    """The scenes of a split. In val and test, clips 2i and 2i + 1 are twins and no two captions say the same."""
+    rng = np.random.default_rng([VERSION, {"train": 0, "val": 1, "test": 2}[split]])
+    if split == "train":
+        return [draw_scene(rng, new=False) for _ in range(clips)]
+    scenes: list[Scene] = []
+    contents: set[tuple[str, ...]] = set()
+    new_pairs = round(clips // 2 * SHARE_NEW)
+    while len(scenes) < clips:
+        scene = draw_scene(rng, new=len(scenes) // 2 < new_pairs)
+        twin = scene.reversed()
+        if contents.isdisjoint({scene.content, twin.content}):
+            contents |= {scene.content, twin.content}
+            scenes += [scene, twin]
+    return scenes[:clips]
+
+
+@functools.cache
+def _sprite(shape: str, diameter: int) -> np.ndarray:
+    """Coverage of each pixel, (diameter, diameter, 1) float32 in 0..1, from 4 x 4 samples a pixel."""
+    x = (np.arange(diameter * 4) + 0.5) / (diameter * 2) - 1
+    y, x = x[:, None], x[None, :]
+    inside = {
+        "square": (abs(x) <= 0.88) & (abs(y) <= 0.88),
+        "triangle": (abs(x) <= (y + 1) / 2) & (y <= 0.9),
+        "cross": (abs(x) <= 0.33) | (abs(y) <= 0.33),
+        "ring": (x**2 + y**2 <= 1) & (x**2 + y**2 >= 0.3),
+    }[shape]
+    return inside.reshape(diameter, 4, diameter, 4).mean((1, 3), dtype=np.float32)[..., None]
+
+
+@functools.cache
+def _texture(number: int) -> np.ndarray:
+    """A gray, slightly coloured, cloudy ground, (CANVAS, CANVAS, 3) float32 in 0..255, without seams."""
+    rng = np.random.default_rng([VERSION, 9, number])
+    ground = np.full((CANVAS, CANVAS, 3), rng.uniform(60, 130), np.float32)
+    for cells, strength in ((4, 22.0), (8, 12.0), (16, 8.0)):
+        noise = rng.uniform(-1, 1, (cells, cells, 1)) + 0.4 * rng.uniform(-1, 1, (cells, cells, 3))
+        ground += strength * _smooth_upscale(noise.astype(np.float32))
+    return ground
+
+
+def _smooth_upscale(noise: np.ndarray) -> np.ndarray:
+    cells = len(noise)
+    at = np.arange(CANVAS) * cells / CANVAS
+    low, part = at.astype(int) % cells, (at % 1)[:, None, None].astype(np.float32)
+    rows = noise[low] * (1 - part) + noise[(low + 1) % cells] * part
+    part = part.transpose(1, 0, 2)
+    return rows[:, low] * (1 - part) + rows[:, (low + 1) % cells] * part
+
+
+def render(scene: Scene) -> np.ndarray:
+    """Frames of a scene, (FRAMES, CANVAS, CANVAS, 3) uint8."""
+    still = _texture(scene.texture).copy()
+    _paste(still, scene.still_shape, scene.still_colour, scene.still_diameter, scene.still_centre)
+    frames = np.empty((FRAMES, CANVAS, CANVAS, 3), np.uint8)
+    dy, dx = STEP.get(scene.change, (0, 0))
+    first, last = scene.diameters
+    for t in range(FRAMES):
+        frame = still.copy()
+        # Integer arithmetic, symmetric in time: a twin's frame t is bit for bit its sister's frame 15 - t.
+        diameter = (first * (FRAMES - 1 - t) + last * t) // (FRAMES - 1)
+        centre = (scene.centre[0] + dy * scene.speed * t, scene.centre[1] + dx * scene.speed * t)
+        _paste(frame, scene.shape, scene.colour, diameter, centre)
+        frames[t] = frame
+    return frames
+
+
+def _paste(frame: np.ndarray, shape: str, colour: str, diameter: int, centre: tuple[int, int]) -> None:
+    rows = np.arange(centre[0] - diameter // 2, centre[0] - diameter // 2 + diameter) % CANVAS
+    columns = np.arange(centre[1] - diameter // 2, centre[1] - diameter // 2 + diameter) % CANVAS
+    at = np.ix_(rows, columns)
+    frame[at] += (np.asarray(COLOURS[colour], np.float32) - frame[at]) * _sprite(shape, diameter)
+
+
+def encode(frames: np.ndarray) -> bytes:
+    """VP9 in WebM of (F, H, W, 3) uint8, 8 frames a second."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="webm") as container:
+        stream = container.add_stream("libvpx-vp9", rate=Fraction(8))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {
+            "deadline": "realtime", "cpu-used": "8", "threads": "1",  # speed
+            "crf": "24", "b": "0",  # constant quality
+            "g": "16", "lag-in-frames": "0",  # one key frame, no look-ahead
+        }  # fmt: skip
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def cache_folder() -> Path:
+    """Where built data lives: $SMAUG_CACHE, else ~/.cache/smaug."""
+    return Path(os.environ.get("SMAUG_CACHE") or Path.home() / ".cache" / "smaug")
+
+
+SPLITS = {"train": 6000, "val": 500, "test": 500}
+Report = Callable[[str, int, int], None]  # what is being done, how much of it is done, out of how much
+
+
+def build(splits: dict[str, int] | None = None, report: Report = lambda what, done, total: None) -> Path:
+    """The folder with the encoded clips and `{split}.jsonl`; renders and encodes them if they are not there yet.
+
+    Renaming the finished folder is the last act, so a build that was killed leaves nothing that a later run trusts.
+    """
+    splits = splits or SPLITS
+    folder = cache_folder() / f"shapes-v{VERSION}-{'-'.join(map(str, splits.values()))}"
+    if (folder / "checksums.json").exists():
+        return folder
+    scenes = [(split, i, s) for split, clips in splits.items() for i, s in enumerate(draw_split(split, clips))]
+    with _made_aside(folder) as aside:
+        for split in splits:
+            (aside / split).mkdir()
+
+        def write(item: tuple[str, int, Scene]) -> tuple[str, int]:
+            split, i, scene = item
+            name, data = f"{split}/{i:05d}.webm", encode(render(scene))
+            (aside / name).write_bytes(data)
+            return name, zlib.crc32(data)
+
+        checksums = dict(_in_threads(write, scenes, "encoding the shapes data set", report))
+        for split in splits:
+            with open(aside / f"{split}.jsonl", "w") as f:
+                for _, i, scene in (s for s in scenes if s[0] == split):
+                    row = {
+                        "video": f"{split}/{i:05d}.webm",
+                        "caption": scene.caption,
+                        "new_combination": scene.new_combination,
+                        **({"twin": i ^ 1} if split != "train" else {}),
+                        "scene": asdict(scene),
+                    }
+                    f.write(json.dumps(row) + "\n")
+        (aside / "checksums.json").write_text(json.dumps(checksums))
+    return folder
+
+
+def decoded(folder: Path, split: str, size: int, report: Report = lambda what, done, total: None) -> np.ndarray:
+    """Every frame of a split at size x size pixels, a read-only map of (clips, FRAMES, size, size, 3) uint8.
+
+    Decoded once by the normal decoder, checked against its checksum each time it is opened.
+    """
+    names = [json.loads(line)["video"] for line in (folder / f"{split}.jsonl").open()]
+    shape = (len(names), FRAMES, size, size, 3)
+    path, sums = folder / f"frames-{size}-{split}.u8", folder / f"frames-{size}-{split}.json"
+    if path.exists() and sums.exists():
+        frames = np.memmap(path, np.uint8, "r", shape=shape) if path.stat().st_size == int(np.prod(shape)) else None
+        if frames is not None and zlib.crc32(frames.data) == json.loads(sums.read_text())["crc32"]:
+            return frames
+        path.unlink()
+    checksums = json.loads((folder / "checksums.json").read_text())
+    aside = path.with_suffix(f".aside-{os.getpid()}")
+    frames = np.memmap(aside, np.uint8, "w+", shape=shape)
+
+    def read(i: int) -> None:
+        data = (folder / names[i]).read_bytes()
+        if zlib.crc32(data) != checksums[names[i]]:
+            raise RuntimeError(f"{folder / names[i]} is damaged; delete {folder} and run again to build it anew")
+        read_frames(data, range, size, out=frames[i])
+
+    try:
+        for _ in _in_threads(read, list(range(len(names))), f"decoding the {split} clips", report):
+            pass
+        frames.flush()
+        # The checksum is written first: a map without one is not trusted, nor is one that differs from it.
+        sums.write_text(json.dumps({"crc32": zlib.crc32(frames.data)}))
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return np.memmap(path, np.uint8, "r", shape=shape)
+
+
+def _in_threads(work: Callable[[Any], Any], items: list[Any], what: str, report: Report) -> Iterator[Any]:
+    """Results in order. Threads suffice: the codecs release the interpreter's lock."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            for done, result in enumerate(pool.map(work, items), start=1):
+                report(what, done, len(items))
+                yield result
+        except BaseException:  # Ctrl-C included: without this the pool would finish thousands of clips first
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+@contextlib.contextmanager
+def _made_aside(folder: Path) -> Iterator[Path]:
+    """A folder to fill, renamed to `folder` at the end; gone if anything goes wrong."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.aside-{os.getpid()}")
+    for old in folder.parent.glob(f".{folder.name}.aside-*"):
+        if not Path(f"/proc/{old.name.rsplit('-', 1)[1]}").exists():  # left by a build that was killed
+            shutil.rmtree(old)
+    aside.mkdir()
+    try:
+        yield aside
+        if folder.exists():  # another process was faster; its folder is as good
+            shutil.rmtree(aside)
+        else:
+            os.rename(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise

@@ -1,0 +1,76 @@
+"""Captions as packed word numbers. The tokenizer is trained on the run's own captions and saved with the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+
+from smaug.tokens import PackedTokens
+
+PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"  # BERT's five, in BERT's order
+
+
+def train_tokenizer(captions: Sequence[str], vocabulary: int) -> Tokenizer:
+    """A lower-casing WordPiece tokenizer of at most `vocabulary` pieces; BERT, Devlin et al. 2019."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary, special_tokens=[PAD, UNK, CLS, SEP, MASK], show_progress=False
+    )
+    tokenizer.train_from_iterator(sorted(set(captions)), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{CLS} $A {SEP}", special_tokens=[(t, tokenizer.token_to_id(t)) for t in (CLS, SEP)]
+    )
+    return tokenizer
+
+
+def number(tokenizer: Tokenizer, piece: str) -> int:
+    """The number of one of the special pieces."""
+    found: int | None = tokenizer.token_to_id(piece)
+    if found is None:
+        raise ValueError(f"the tokenizer has no {piece}; use the tokenizer.json that the run was trained with")
+    return found
+
+
+def encode(tokenizer: Tokenizer, captions: Sequence[str], max_words: int) -> list[list[int]]:
+    """Word numbers of each caption, without [CLS] and [SEP], cut to max_words - 1 so that [CLS] still fits."""
+    unknown = number(tokenizer, UNK)
+    found = tokenizer.encode_batch(list(captions), add_special_tokens=False)
+    # A caption of nothing but unknown signs still needs a word, or there would be nothing to keep.
+    return [e.ids[: max_words - 1] or [unknown] for e in found]
+
+
+def pack(
+    captions: Sequence[Sequence[int]], cls: int, kept: Sequence[Tensor] | None = None, mask: int | None = None
+) -> PackedTokens:
+    """Word numbers as one packed batch, [CLS] first in each caption.
+
+    `kept[i]` are the 0-based places of the words that stay; the others are left out, or become `mask` if it is given.
+    -> values (T,) int64 word numbers, ids (T,) int32 places in the whole caption ([CLS] is 0).
+    """
+    values: list[int] = []
+    ids: list[int] = []
+    lengths: list[int] = []
+    for i, words in enumerate(captions):
+        places = range(len(words)) if kept is None else kept[i].tolist()
+        if mask is not None and kept is not None:
+            stay = set(places)
+            words, places = [w if j in stay else mask for j, w in enumerate(words)], range(len(words))
+        values += [cls, *(words[j] for j in places)]
+        ids += [0, *(j + 1 for j in places)]
+        lengths.append(1 + len(places))
+    cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    torch.cumsum(torch.tensor(lengths), 0, out=cu_seqlens[1:])
+    return PackedTokens(
+        values=torch.tensor(values),
+        cu_seqlens=cu_seqlens,
+        ids=torch.tensor(ids, dtype=torch.int32),
+        size=torch.ones(len(values)),
+        max_seqlen=max(lengths),
+        lengths=tuple(lengths),
+    )

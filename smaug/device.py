@@ -1,0 +1,84 @@
+"""What this machine is, and the fastest correct way to run on it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run computes: chosen once, at its start."""
+
+    device: torch.device
+    dtype: torch.dtype  # of products and activations; weights and optimiser are fp32
+    impl: str  # of the ops
+    why: str  # for people
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def choose(fast: bool, device: str = "auto") -> Way:
+    """`--fast`: the fastest correct way here; without it, the plain reference in fp32, the same everywhere."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here. Use --device cpu, or mend the driver.")
+    kind = "cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device
+    if not fast:
+        return Way(torch.device(kind), torch.float32, "reference", "plain reference ops, fp32 (add --fast for speed)")
+    if kind == "cuda":
+        return Way(
+            torch.device(kind), torch.bfloat16, "auto", "bf16, since every CUDA device that Triton serves has it"
+        )
+    if _cpu_has_bf16():
+        return Way(
+            torch.device(kind), torch.bfloat16, "auto", "bf16, since the processor multiplies it; fused attention"
+        )
+    return Way(torch.device(kind), torch.float32, "auto", "fp32, since the processor has no bf16; fused attention")
+
+
+def _cpu_has_bf16() -> bool:
+    flags = Path("/proc/cpuinfo")
+    words = set(flags.read_text().split()) if flags.exists() else set()
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def describe(device: torch.device) -> str:
+    """One line: processor or GPU, cores, memory, versions."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        what = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        what = f"{_processor()}, {torch.get_num_threads()} threads, {memory:.0f} GiB"
+    return f"{what}; Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def matrix_rate(way: Way) -> float:
+    """FLOP/s of a 1024-cube matrix product in the run's precision, the best of a few in about 0.1 s."""
+    a = torch.randn(1024, 1024, device=way.device, dtype=way.dtype)
+    best = 0.0
+    start = time.perf_counter()
+    while time.perf_counter() - start < 0.1 or best == 0.0:
+        before = time.perf_counter()
+        b = a @ a
+        if way.device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * len(b) ** 3 / (time.perf_counter() - before))
+    return best

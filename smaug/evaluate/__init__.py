@@ -1,0 +1,1 @@
+"""What a trained model can do. `python -m smaug.evaluate RUN` gives a run's numbers again."""

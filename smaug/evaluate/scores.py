@@ -1,0 +1,74 @@
+"""The scores of a model, as a run's result.json holds them and as a person reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+
+from smaug.data.clips import Clips
+from smaug.device import Way
+from smaug.evaluate.retrieval import retrieval
+from smaug.model.model import Model
+from smaug.recipe import Recipe
+
+
+def evaluate(
+    model: Model,
+    recipe: Recipe,
+    clips: Clips,
+    tokenizer: Tokenizer,
+    way: Way,
+    *,
+    frames: int | None = None,
+    shuffle: bool = False,
+) -> dict[str, Any]:
+    """All retrieval scores, and t2v_r1 and v2t_r1 with each clip's frames in a random order.
+
+    With `shuffle` they are in a random order for all scores.
+    """
+    frames = frames or recipe.model.video.frames
+    model.eval()
+    with way.autocast():
+        mixed = retrieval(model, clips, tokenizer, frames=frames, max_bad=recipe.data.max_bad, shuffle=True)
+        plain = mixed
+        if not shuffle:
+            plain = retrieval(model, clips, tokenizer, frames=frames, max_bad=recipe.data.max_bad)
+    model.train()
+    return {
+        **plain.scores,
+        **{f"{key}_shuffled": mixed.scores[key] for key in ("t2v_r1", "v2t_r1")},
+        "evaluated_on": clips.name + (", frames shuffled" if shuffle else ""),
+        "frames": frames,
+        "evaluation_skipped": [f"{s.name}: {s.reason}" for s in plain.skipped],
+    }
+
+
+def print_result(console: Console, result: dict[str, Any]) -> None:
+    candidates = f"{result['candidates']:.0f} candidates"
+    table = Table(title=f"retrieval on {result['evaluated_on']}, {candidates}, {result['frames']} frames")
+    for column in ("", "R@1", "R@5", "R@10", "MedR"):
+        table.add_column(column, justify="right")
+    for name, key in (("text to video", "t2v"), ("video to text", "v2t")):
+        recalls = [f"{result[f'{key}_r{k}']:.1%}" for k in (1, 5, 10)]
+        table.add_row(name, *recalls, f"{result[f'{key}_medr']:g}")
+    table.add_row("text to video, frames shuffled", f"{result['t2v_r1_shuffled']:.1%}", "", "", "")
+    for key in sorted(k for k in result if k.startswith("t2v_r1_") and k != "t2v_r1_shuffled"):
+        table.add_row(
+            f"text to video, {key.removeprefix('t2v_r1_').replace('_', ' ')}", f"{result[key]:.1%}", "", "", ""
+        )
+    console.print(table)
+    if "device_seconds" in result:
+        share = result["tokens_computed"] / max(1, result["tokens_dense"])
+        console.print(
+            f"{result['device_seconds'] / 3600:.3f} device-hours ({result['wall_seconds'] / 60:.1f} minutes in all) on "
+            f"{result['machine']}",
+            highlight=False,
+        )
+        console.print(
+            f"{result['tokens_computed'] / 1e6:.1f} M tokens computed; a dense model would have computed "
+            f"{result['tokens_dense'] / 1e6:.1f} M ({share:.0%})",
+            highlight=False,
+        )

@@ -1,0 +1,1 @@
+"""The networks. Every one of them runs on packed tokens; none knows what padding is."""

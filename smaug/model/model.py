@@ -1,0 +1,51 @@
+"""The model: two encoders, and the heads that the recipe's objectives name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from smaug.model.text_encoder import TextEncoder, TextEncoderConfig
+from smaug.model.video_encoder import VideoEncoder, VideoEncoderConfig
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the whole model."""
+
+    video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+
+
+SIZES: dict[str, ModelConfig] = {
+    # The embedded data set on two CPU cores.
+    "tiny": ModelConfig(),
+    "small": ModelConfig(
+        VideoEncoderConfig(width=384, depth=12, heads=6, image_size=224, patch=16),
+        TextEncoderConfig(width=384, depth=6, heads=6),
+    ),
+    # ViT-B/16 and BERT-base, whose last three layers will be the fusion encoder of the systems that have one.
+    "base": ModelConfig(
+        VideoEncoderConfig(width=768, depth=12, heads=12, image_size=224, patch=16),
+        TextEncoderConfig(width=768, depth=9, heads=12),
+    ),
+    "large": ModelConfig(
+        VideoEncoderConfig(width=1024, depth=24, heads=16, image_size=224, patch=16),
+        TextEncoderConfig(width=1024, depth=18, heads=16),
+    ),
+}
+
+
+class Model(nn.Module):
+    """`heads` holds the small networks of each objective under its name; the step hands them to it."""
+
+    def __init__(
+        self, config: ModelConfig, vocabulary: int, heads: Mapping[str, nn.Module], impl: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.impl = impl
+        self.video = VideoEncoder(config.video, impl)
+        self.text = TextEncoder(config.text, vocabulary, impl)
+        self.heads = nn.ModuleDict(heads)

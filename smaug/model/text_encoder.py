@@ -1,0 +1,53 @@
+"""The text encoder: a BERT-like transformer over packed words. No padding word is ever computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from smaug.model.layers import Block, init_linear
+from smaug.model.position import sincos
+from smaug.tokens import PackedTokens
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """Sizes of the text encoder. The number of words it knows comes from the tokenizer."""
+
+    width: int = 128
+    depth: int = 2
+    heads: int = 4
+    mlp_ratio: float = 4.0
+    max_words: int = 32  # of a caption, [CLS] included; longer captions are cut
+
+
+class TextEncoder(nn.Module):
+    def __init__(self, config: TextEncoderConfig, vocabulary: int, impl: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.word = nn.Embedding(vocabulary, config.width)
+        self.position = nn.Parameter(0.5 * sincos(config.max_words, config.width))
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.mlp_ratio, impl) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width)
+        init_linear(self)
+        nn.init.normal_(self.word.weight, std=0.5)
+
+    def forward(self, words: PackedTokens) -> tuple[torch.Tensor, PackedTokens]:
+        """words.values (T,) int64 are word numbers, words.ids (T,) int32 their places in the caption, [CLS] first.
+
+        -> text features (B, D), the normalised [CLS] rows; and all words, normalised, (T, D).
+        """
+        x = F.embedding(words.values, self.word.weight) + F.embedding(words.ids, self.position)
+        # Embeddings are fp32 under autocast; the stream is kept in the precision of the products, as the video's is.
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        tokens = words.with_values(x)
+        for block in self.blocks:
+            tokens = block(tokens)
+        tokens = tokens.with_values(self.norm(tokens.values))
+        return tokens.values.index_select(0, tokens.first_rows()), tokens

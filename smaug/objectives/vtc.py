@@ -1,0 +1,57 @@
+"""vtc: video-text contrast, the symmetric InfoNCE on normalised clip and caption vectors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smaug.model.layers import init_linear
+from smaug.model.model import ModelConfig
+from smaug.objectives.seen import Seen
+
+
+class VtcHeads(nn.Module):
+    """Projections into the shared space and the learned temperature."""
+
+    def __init__(self, video_width: int, text_width: int, embed_dim: int, temperature: float) -> None:
+        super().__init__()
+        self.video = nn.Linear(video_width, embed_dim)
+        self.text = nn.Linear(text_width, embed_dim)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        init_linear(self)
+
+    def embed_video(self, features: Tensor) -> Tensor:
+        """(B, D) clip features -> (B, embed_dim) fp32 unit vectors."""
+        return F.normalize(self.video(features).float(), dim=-1)
+
+    def embed_text(self, features: Tensor) -> Tensor:
+        """(B, D) caption features -> (B, embed_dim) fp32 unit vectors."""
+        return F.normalize(self.text(features).float(), dim=-1)
+
+
+@dataclass(frozen=True)
+class Vtc:
+    """(CE(s, y) + CE(s^T, y)) / 2 with s_ij = <text_i, video_j> / temperature.
+
+    y spreads evenly over all positives of a row, same video or same caption, so that a repeated caption is not a false
+    negative. Form and temperature range: Singularity, Lei et al. 2023, section 3 and its code.
+    """
+
+    weight: float = 1.0
+    embed_dim: int = 128
+    temperature: float = 0.07  # at the start; learned, clamped to [0.001, 0.5]
+
+    def heads(self, model: ModelConfig) -> VtcHeads:
+        return VtcHeads(model.video.width, model.text.width, self.embed_dim, self.temperature)
+
+    def __call__(self, heads: nn.Module, seen: Seen) -> Tensor:
+        assert isinstance(heads, VtcHeads)
+        temperature = heads.log_temperature.exp().clamp(0.001, 0.5)
+        scores = heads.embed_text(seen.text) @ heads.embed_video(seen.video).T / temperature
+        target = seen.positives.float()
+        rows, columns = target / target.sum(1, keepdim=True), target.T / target.sum(0)[:, None]
+        return (F.cross_entropy(scores, rows) + F.cross_entropy(scores.T, columns)) / 2

@@ -1,0 +1,41 @@
+"""The ops: what each means, in its docstring; each is one registered torch op with a backward, on every device."""
+
+import sys
+from typing import Any
+
+from smaug.ops.attention import FLOPS as _attention_flops
+from smaug.ops.attention import attention
+from smaug.ops.gather_tokens import FLOPS as _gather_flops
+from smaug.ops.gather_tokens import gather_tokens, scatter_tokens
+from smaug.ops.patch_embed import FLOPS as _patch_flops
+from smaug.ops.patch_embed import patch_embed
+from smaug.ops.random_mask import FLOPS as _mask_flops
+from smaug.ops.random_mask import keep_count, random_mask
+
+_FLOPS: dict[Any, Any] = {**_mask_flops, **_patch_flops, **_gather_flops, **_attention_flops}
+
+
+def register_flops() -> None:
+    """Tell torch's FlopCounterMode what the ops cost; call it before making one. Calling it again does nothing.
+
+    Not done at import: torch.utils.flop_counter imports Triton, which takes longer than all of smaug.
+    """
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+    for op, formula in _FLOPS.items():
+        if op not in flop_registry:
+            register_flop_formula(op, get_raw=True)(formula)
+
+
+if "torch.utils.flop_counter" in sys.modules:
+    register_flops()
+
+__all__ = [
+    "attention",
+    "gather_tokens",
+    "keep_count",
+    "patch_embed",
+    "random_mask",
+    "register_flops",
+    "scatter_tokens",
+]

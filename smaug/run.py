@@ -1,0 +1,97 @@
+"""A run: what is made from a recipe, and the folder that remembers it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+
+from smaug import checkpoint, recipe
+from smaug.data.clips import Clips, open_manifest, open_shapes
+from smaug.device import Way, choose
+from smaug.model.model import Model
+from smaug.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model, read back from its folder."""
+
+    recipe: Recipe
+    model: Model
+    tokenizer: Tokenizer
+    way: Way
+    step: int
+
+
+def load_run(folder: Path, device: str = "auto") -> Run:
+    """The newest whole checkpoint of a run, in the precision of its training."""
+    config = read_config(folder)
+    saved = recipe.from_json(config["recipe"])
+    way = choose(config["fast"], device)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = build(saved, tokenizer.get_vocab_size(), way.impl).to(way.device)
+    state, damaged = checkpoint.load_newest(folder / "checkpoints", model)
+    if state is None:
+        raise ValueError(" ".join([*damaged, f"{folder} has no checkpoint to evaluate; train it first"]))
+    return Run(saved, model, tokenizer, way, state["step"])
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no run: there is no {path}")
+    config: dict[str, Any] = json.loads(path.read_text())
+    return config
+
+
+def build(recipe: Recipe, vocabulary: int, impl: str) -> Model:
+    heads = {name: objective.heads(recipe.model) for name, objective in recipe.objectives.items()}
+    return Model(recipe.model, vocabulary, heads, impl)
+
+
+def open_split(recipe: Recipe, split: str, console: Console) -> Clips:
+    """The clips to train on (`train`), or those to evaluate on. Says what they are, and builds `shapes` if needed."""
+    size, data = recipe.model.video.image_size, recipe.data
+    if data.manifest:
+        own = split != "train" and data.eval_manifest
+        clips = open_manifest(data.eval_manifest if own else data.manifest, data, size)
+        videos = sum(s.kind == "video" for s in clips.samples)
+        what = f"{clips.name}, {videos} videos and {len(clips) - videos} images"
+        if split != "train" and not own:
+            what += "; these are training pairs, since no --data.eval-manifest was given"
+    else:
+        with progress(console) as bars:
+            tasks: dict[str, Any] = {}
+
+            def report(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bars.add_task(what, total=total, note="")
+                    if not console.is_terminal:
+                        console.print(f"data       {what}: {total} clips", highlight=False)
+                bars.update(tasks[what], completed=done)
+
+            clips = open_shapes(split, size, data.cache, report)
+        what = f"{clips.name}, {len(clips)} clips"
+    console.print(f"{'data' if split == 'train' else 'evaluated':<11}{what}", highlight=False, soft_wrap=True)
+    return clips
+
+
+def progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(f".{path.name}.aside")
+    aside.write_text(text)
+    os.replace(aside, path)

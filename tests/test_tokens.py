@@ -1,0 +1,125 @@
+"""PackedTokens: conversions keep every token, and nothing on the way reads the device."""
+
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from smaug.testing import HostReads, offsets
+from smaug.tokens import PackedTokens, cat_tokens, packed_ragged, packed_uniform
+
+
+def _ragged(lengths, d=3, tail=0, known=True):
+    rows = sum(lengths)
+    values = torch.arange(1.0, (rows + tail) * d + 1).view(-1, d)
+    values[rows:] = 0
+    return packed_ragged(values, offsets(lengths), lengths=lengths if known else None)
+
+
+@pytest.mark.parametrize("tail", [0, 4])
+def test_padded_and_back(tail):
+    lengths = [2, 0, 5, 1]
+    tokens = _ragged(lengths, tail=tail)
+    with HostReads() as reads:
+        padded, mask = tokens.to_padded(6)
+    assert not reads.found
+    assert mask.sum(1).tolist() == lengths and padded.shape == (4, 6, 3)
+    assert torch.equal(padded[mask], tokens.values[:8]) and (padded[~mask] == 0).all()
+    with HostReads() as reads:
+        back = PackedTokens.from_padded(padded, mask, total=8 + tail)
+    assert not reads.found
+    for again in (
+        back,
+        PackedTokens.from_padded(padded, lengths=tuple(lengths)),
+        PackedTokens.from_padded(padded, mask),
+    ):
+        assert torch.equal(again.values[:8], tokens.values[:8]) and (again.values[8:] == 0).all()
+        assert torch.equal(again.cu_seqlens, tokens.cu_seqlens)
+        assert torch.equal(again.ids[:8], tokens.ids[:8]) and (again.ids[8:] == -1).all()
+        assert again.size.sum() == 8
+
+
+def test_padding_may_stand_anywhere():
+    x = torch.arange(8.0).view(2, 4, 1)
+    mask = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 1]], dtype=torch.bool)
+    tokens = PackedTokens.from_padded(x, mask, total=4)
+    assert tokens.values.flatten().tolist() == [1, 3, 6, 7] and tokens.ids.tolist() == [1, 3, 2, 3]
+
+
+def test_uniform_is_a_view():
+    x = torch.randn(3, 4, 5)
+    tokens = PackedTokens.from_padded(x)
+    assert tokens.values.data_ptr() == x.data_ptr() and tokens.lengths == 4
+    padded, mask = tokens.to_padded()
+    assert torch.equal(padded, x) and mask.all() and padded.data_ptr() == x.data_ptr()
+
+
+def test_frames_into_clips_is_a_view():
+    tokens = _ragged([2, 1, 4, 0, 3, 3])
+    clips = tokens.group(3)
+    assert clips.cu_seqlens.tolist() == [0, 7, 13] and clips.lengths == (7, 6) and clips.max_seqlen == 7
+    assert clips.values is tokens.values and clips.cu_seqlens.data_ptr() == tokens.cu_seqlens.data_ptr()
+    assert packed_uniform(torch.zeros(12, 2), 2).group(3).lengths == 6
+    assert _ragged([2, 1], known=False).group(2).max_seqlen == 3
+    with pytest.raises(ValueError, match="cannot be grouped"):
+        tokens.group(4)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("tail", [0, 2])
+def test_cat(known, tail):
+    parts = [_ragged([2, 3], tail=tail, known=known), _ragged([1], tail=0, known=known), _ragged([4, 0], tail=tail)]
+    with HostReads() as reads:
+        both = cat_tokens(parts)
+    assert not reads.found
+    assert both.cu_seqlens.tolist() == [0, 2, 5, 6, 10, 10] and both.rows == 10 + 2 * tail
+    want = torch.cat([p.values[: p.cu_seqlens[-1]] for p in parts])
+    assert torch.equal(both.values[:10], want) and (both.values[10:] == 0).all()
+    assert both.ids[:10].tolist() == [0, 1, 0, 1, 2, 0, 0, 1, 2, 3] and (both.ids[10:] == -1).all()
+    assert both.lengths == ((2, 3, 1, 4, 0) if known else None)
+    assert both.size.sum() == 10
+    videos, images = packed_uniform(torch.ones(6, 2), 3), packed_uniform(torch.ones(4, 2), 2)
+    assert cat_tokens([videos, images]).lengths == (3, 3, 2, 2)
+    assert cat_tokens([videos, videos]).lengths == 3
+
+
+def test_nested():
+    tokens = _ragged([2, 5, 1])
+    nested = tokens.to_nested()
+    assert [x.shape[0] for x in nested.unbind()] == [2, 5, 1]
+    again = PackedTokens.from_nested(nested, max_seqlen=5)
+    assert torch.equal(again.values, tokens.values) and torch.equal(again.cu_seqlens, tokens.cu_seqlens)
+
+
+def test_pytree_and_keyword_names():
+    tokens = _ragged([2, 5, 1])
+    twice = pytree.tree_map(lambda x: x * 2, tokens)
+    assert torch.equal(twice.values, tokens.values * 2) and twice.lengths == tokens.lengths
+    assert tokens.flash_kwargs()["max_seqlen_q"] == 5 and tokens.hf_kwargs()["cu_seq_lens_k"] is tokens.cu_seqlens
+    assert tokens.with_values(tokens.values[:, :1]).values.shape == (8, 1)
+
+
+def test_gradients_through_conversions():
+    x = torch.randn(2, 4, 3, dtype=torch.double, requires_grad=True)
+    mask = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0]], dtype=torch.bool)
+
+    def f(x):
+        tokens = PackedTokens.from_padded(x, mask, total=5)
+        return cat_tokens([tokens, tokens]).to_padded(4)[0]
+
+    assert torch.autograd.gradcheck(f, (x,))
+
+
+def test_meta_and_compile():
+    x, mask = torch.empty(2, 4, 3, device="meta"), torch.empty(2, 4, dtype=torch.bool, device="meta")
+    tokens = PackedTokens.from_padded(x, mask, total=6)
+    assert cat_tokens([tokens, tokens]).to_padded()[0].shape == (4, 4, 3)
+
+    def f(values, cu):
+        tokens = packed_ragged(values, cu)
+        return tokens.with_values(tokens.values + 1)
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ([2, 3], [1, 5, 2]):
+        tokens = _ragged(lengths)
+        out = compiled(tokens.values, tokens.cu_seqlens)
+        assert isinstance(out, PackedTokens) and torch.equal(out.ids, tokens.ids)
