@@ -13,22 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
+FILES = ("model.safetensors", "optim.safetensors")
 KEPT = 2  # the newest ones; a damaged newest leaves one to fall back on
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
     """Writes `folder/step-N` for a run that has taken N steps, and removes all but the newest two."""
     final, aside = folder / f"step-{step}", folder / f".step-{step}.aside"
-    shutil.rmtree(aside, ignore_errors=True)
+    for old in folder.glob(".step-*.aside"):  # left by runs that were killed
+        shutil.rmtree(old)
     aside.mkdir(parents=True)
     try:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, aside / "model.safetensors")
-        save_file(_optimizer_tensors(model, optimizer), aside / "optim.safetensors")
-        checksums = {name: _crc32(aside / name) for name in ("model.safetensors", "optim.safetensors")}
-        (aside / "state.json").write_text(json.dumps({"step": step, "crc32": checksums, **state}))
+        _write({k: v.contiguous() for k, v in model.state_dict().items()}, aside / "model.safetensors")
+        _write(_optimizer_tensors(model, optimizer), aside / "optim.safetensors")
+        state = {"step": step, **state}
+        checksums = {name: zlib.crc32((aside / name).read_bytes()) for name in FILES}
+        checksums["state.json"] = zlib.crc32(json.dumps(state).encode())
+        (aside / "state.json").write_text(json.dumps({**state, "crc32": checksums}))
         for file in aside.iterdir():
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
@@ -37,14 +42,15 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optim
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    for old in steps(folder)[:-KEPT]:
-        shutil.rmtree(folder / f"step-{old}")
+    for number in steps(folder)[:-KEPT]:
+        shutil.rmtree(folder / f"step-{number}")
     return final
 
 
 def steps(folder: Path) -> list[int]:
     """Steps of the whole checkpoints in a folder, ascending."""
-    return sorted(int(p.name.removeprefix("step-")) for p in folder.glob("step-*") if (p / "state.json").exists())
+    found = [p.name.removeprefix("step-") for p in folder.glob("step-*") if (p / "state.json").exists()]
+    return sorted(int(number) for number in found if number.isdecimal())  # and not somebody's step-100-copy
 
 
 def load_newest(
@@ -56,11 +62,20 @@ def load_newest(
         path = folder / f"step-{step}"
         try:
             state: dict[str, Any] = json.loads((path / "state.json").read_text())
-            files = {name: (path / name).read_bytes() for name in state["crc32"]}
-        except (OSError, ValueError) as error:
+            checksums = state.pop("crc32")
+            files = {name: (path / name).read_bytes() for name in FILES}
+            found = {name: zlib.crc32(data) for name, data in files.items()}
+            found["state.json"] = zlib.crc32(json.dumps(state).encode())
+            wrong = [name for name in found if found[name] != checksums[name]]
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:  # JSON, but not ours
             damaged.append(f"{path} is damaged ({error}) and was passed over")
             continue
-        wrong = [name for name, data in files.items() if zlib.crc32(data) != state["crc32"][name]]
         if wrong:
             damaged.append(f"{path} is damaged (checksum of {', '.join(wrong)}) and was passed over")
             continue
@@ -89,5 +104,8 @@ def _set_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
         optimizer.state[p][key] = value.to(p.device)
 
 
-def _crc32(path: Path) -> int:
-    return zlib.crc32(path.read_bytes())
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # a full disk, which is none of our callers' business to know by this name
+        raise OSError(f"{path} cannot be written: {error}") from None

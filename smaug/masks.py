@@ -25,20 +25,20 @@ class VideoMask:
     ratio: float = 0.6  # share of all patches that is removed, 0..1
     kind: Literal["random", "tube", "block", "frame"] = "random"
 
-    def keep(self, frames: int, patches: int) -> int:
-        """Patches kept of a clip; tubes keep the same number in each frame, frames are kept whole or not at all."""
+    def keep(self, times: int, patches: int) -> int:
+        """Tokens kept of a clip of `times` moments: with "tube" the same places at each, with "frame" whole ones."""
         if self.kind == "tube":
-            return frames * keep_count(patches, self.ratio)
+            return times * keep_count(patches, self.ratio)
         if self.kind == "frame":
-            return patches * keep_count(frames, self.ratio)
-        return keep_count(frames * patches, self.ratio)
+            return patches * keep_count(times, self.ratio)
+        return keep_count(times * patches, self.ratio)
 
     def draw(
         self, samples: Tensor, grid: tuple[int, int, int], *, seed: int, epoch: int, impl: str
     ) -> tuple[Tensor, Tensor]:
-        """ids_keep (B, K) and ids_removed (B, F * N - K), int32 ascending, for samples (B,) int64."""
-        frames, rows, columns = grid
-        keep = self.keep(frames, rows * columns)
+        """ids_keep (B, K) and ids_removed (B, all - K), int32 ascending, for samples (B,) int64."""
+        times, rows, columns = grid
+        keep = self.keep(times, rows * columns)
         return ops.random_mask(
             samples, grid, keep, kind=self.kind, seed=seed, draw=epoch, stream=VIDEO_STREAM, impl=impl
         )

@@ -14,7 +14,7 @@ class OptimConfig:
     lr: float = 1e-3  # at its peak
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.05  # on matrices; norms, biases, embeddings of position and single numbers have none
-    steps: int = 780  # length of the schedule
+    steps: int = 1500  # length of the schedule
     warmup: float = 0.05  # share of the steps
     min_lr: float = 0.01  # share of lr at the end of the cosine
 

@@ -77,7 +77,7 @@ def open_split(recipe: Recipe, split: str, console: Console) -> Clips:
                         console.print(f"data       {what}: {total} clips", highlight=False)
                 bars.update(tasks[what], completed=done)
 
-            clips = open_shapes(split, size, data.cache, report)
+            clips = open_shapes(split, data, size, report)
         what = f"{clips.name}, {len(clips)} clips"
     console.print(f"{'data' if split == 'train' else 'evaluated':<11}{what}", highlight=False, soft_wrap=True)
     return clips

@@ -13,11 +13,14 @@ from smaug.recipe import Recipe
 
 def training_step(model: Model, recipe: Recipe, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """-> the loss, a scalar, and its unweighted parts by objective. Nothing here reads the device on the host."""
-    grid = (model.video.config.rows, model.video.config.rows)
     visible = []
     for group in batch.groups:
         ids_keep, _ = recipe.video_mask.draw(
-            group.samples, (group.video.shape[1], *grid), seed=recipe.seed, epoch=batch.epoch, impl=model.impl
+            group.samples,
+            model.video.config.grid(group.video.shape[1]),
+            seed=recipe.seed,
+            epoch=batch.epoch,
+            impl=model.impl,
         )
         visible.append((group.video, ids_keep))
 

@@ -206,16 +206,16 @@ def _tokenizer(folder: Path, clips: Clips, recipe: Recipe) -> Tokenizer:
 
 def count_tokens(recipe: Recipe, batch: Batch) -> tuple[int, int]:
     """Rows that the encoders compute for a batch, and rows that they would if nothing were masked."""
-    patches = recipe.model.video.patches
-    clips = [(len(g.samples), g.video.shape[1]) for g in batch.groups]
-    computed = sum(n * (1 + recipe.video_mask.keep(frames, patches)) for n, frames in clips) + batch.words.rows
-    return computed, sum(n * (1 + frames * patches) for n, frames in clips) + batch.dense_words
+    video = recipe.model.video
+    clips = [(len(g.samples), video.times(g.video.shape[1])) for g in batch.groups]
+    computed = sum(n * (1 + recipe.video_mask.keep(times, video.patches)) for n, times in clips) + batch.words.rows
+    return computed, sum(n * (1 + times * video.patches) for n, times in clips) + batch.dense_words
 
 
 def predicted_seconds(model: Model, recipe: Recipe, steps: int, rate: float) -> float:
     """Rough: 6 FLOPs a weight and token, at half the machine's matrix rate. Attention and data are not in it."""
     video, text = recipe.model.video, recipe.model.text
-    rows = 1 + recipe.video_mask.keep(video.frames, video.patches)
+    rows = 1 + recipe.video_mask.keep(video.times(video.frames), video.patches)
     weights = sum(p.numel() for p in model.video.blocks.parameters())
     words = sum(p.numel() for p in model.text.blocks.parameters())
     flops = 6 * (weights * rows + words * min(16, text.max_words)) * recipe.data.batch * steps

@@ -26,6 +26,7 @@ class DataConfig:
     video_column: str = "video"
     image_column: str = "image"
     caption_column: str = "caption"
+    shapes: tuple[int, int, int] = (6000, 500, 500)  # clips of the embedded set: train, val, test (the last two even)
     batch: int = 64  # pairs a step
     cache: bool = True  # read the embedded set from its decoded map; without it every clip is decoded live
     max_bad: float = 0.05  # share of unusable files above which a run stops
@@ -57,17 +58,15 @@ class Clips:
         )
 
 
-def open_shapes(
-    split: str, size: int, cache: bool, report: shapes.Report, splits: dict[str, int] | None = None
-) -> Clips:
+def open_shapes(split: str, config: DataConfig, size: int, report: shapes.Report) -> Clips:
     """The embedded data set, built on first use."""
-    folder = shapes.build(splits, report)
+    folder = shapes.build(config.shapes, report)
     rows = [json.loads(line) for line in (folder / f"{split}.jsonl").open()]
     return Clips(
         name=f"shapes {split}",
         samples=[Sample(folder / r["video"], "video", (r["caption"],), r["video"]) for r in rows],
         size=size,
-        frames=shapes.decoded(folder, split, size, report) if cache else None,
+        frames=shapes.decoded(folder, split, size, report) if config.cache else None,
         subsets={"new_combinations": np.array([r["new_combination"] for r in rows])} if split != "train" else {},
     )
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from smaug.data import text
 from smaug.data.clips import Clips, DataConfig, check_share
 from smaug.data.decode import DecodeError, middle_segments, random_segments
-from smaug.data.manifest import Skip
+from smaug.data.manifest import ManifestError, Skip
 from smaug.masks import TextMask
 from smaug.tokens import PackedTokens
 
@@ -124,8 +124,8 @@ class Loader:
 
     def _read(self, order: np.ndarray, place: int, epoch: int) -> tuple[int, np.ndarray]:
         """The clip at a place of the epoch's order, or the next one after half the order that can be decoded."""
-        for attempt in range(len(order)):
-            at = place if attempt == 0 else place + len(order) // 2 + attempt
+        half = len(order) // 2
+        for at in (place, *range(place + half, place + half + len(order))):
             number = int(order[at % len(order)])
             if number in self.skipped:
                 continue
@@ -137,7 +137,7 @@ class Loader:
                 self.skipped[number] = Skip(self.clips.samples[number].name, error.reason)
                 everything = [*self.clips.skipped, *self.skipped.values()]
                 check_share(everything, len(self.clips) + len(self.clips.skipped), self.config.max_bad)
-        raise AssertionError("check_share stops a run before its last clip is skipped")
+        raise ManifestError(f"none of the {len(order)} files can be decoded")  # reached if --data.max-bad is 1
 
     def ahead(self, first: int, last: int) -> Generator[Batch, None, None]:
         """Batches of steps first .. last - 1, made in a thread of their own while the step before them computes."""

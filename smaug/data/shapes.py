@@ -17,8 +17,10 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import shutil
+import socket
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +36,7 @@ from smaug.data.decode import read_frames
 
 CANVAS = 128  # pixels; hardware decoders refuse much smaller VP9
 FRAMES = 16
+SPLITS = ("train", "val", "test")
 VERSION = 1  # raise it whenever a clip or a caption would come out differently
 
 COLOURS = {
@@ -141,7 +144,7 @@ def draw_scene(rng: np.random.Generator, new: bool) -> Scene:
 
 def draw_split(split: str, clips: int) -> list[Scene]:
     """The scenes of a split. In val and test, clips 2i and 2i + 1 are twins and no two captions say the same."""
-    rng = np.random.default_rng([VERSION, {"train": 0, "val": 1, "test": 2}[split]])
+    rng = np.random.default_rng([VERSION, SPLITS.index(split)])
     if split == "train":
         return [draw_scene(rng, new=False) for _ in range(clips)]
     scenes: list[Scene] = []
@@ -237,22 +240,22 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SMAUG_CACHE") or Path.home() / ".cache" / "smaug")
 
 
-SPLITS = {"train": 6000, "val": 500, "test": 500}
 Report = Callable[[str, int, int], None]  # what is being done, how much of it is done, out of how much
 
 
-def build(splits: dict[str, int] | None = None, report: Report = lambda what, done, total: None) -> Path:
+def build(clips: tuple[int, int, int], report: Report = lambda what, done, total: None) -> Path:
     """The folder with the encoded clips and `{split}.jsonl`; renders and encodes them if they are not there yet.
 
     Renaming the finished folder is the last act, so a build that was killed leaves nothing that a later run trusts.
     """
-    splits = splits or SPLITS
-    folder = cache_folder() / f"shapes-v{VERSION}-{'-'.join(map(str, splits.values()))}"
+    if min(clips) < 2 or clips[1] % 2 or clips[2] % 2:
+        raise ValueError(f"shapes needs at least 2 clips a split, and even numbers of val and test clips; not {clips}")
+    folder = cache_folder() / f"shapes-v{VERSION}-{'-'.join(map(str, clips))}"
     if (folder / "checksums.json").exists():
         return folder
-    scenes = [(split, i, s) for split, clips in splits.items() for i, s in enumerate(draw_split(split, clips))]
+    scenes = [(split, i, s) for split, n in zip(SPLITS, clips, strict=True) for i, s in enumerate(draw_split(split, n))]
     with _made_aside(folder) as aside:
-        for split in splits:
+        for split in SPLITS:
             (aside / split).mkdir()
 
         def write(item: tuple[str, int, Scene]) -> tuple[str, int]:
@@ -262,7 +265,7 @@ def build(splits: dict[str, int] | None = None, report: Report = lambda what, do
             return name, zlib.crc32(data)
 
         checksums = dict(_in_threads(write, scenes, "encoding the shapes data set", report))
-        for split in splits:
+        for split in SPLITS:
             with open(aside / f"{split}.jsonl", "w") as f:
                 for _, i, scene in (s for s in scenes if s[0] == split):
                     row = {
@@ -285,30 +288,34 @@ def decoded(folder: Path, split: str, size: int, report: Report = lambda what, d
     names = [json.loads(line)["video"] for line in (folder / f"{split}.jsonl").open()]
     shape = (len(names), FRAMES, size, size, 3)
     path, sums = folder / f"frames-{size}-{split}.u8", folder / f"frames-{size}-{split}.json"
-    if path.exists() and sums.exists():
-        frames = np.memmap(path, np.uint8, "r", shape=shape) if path.stat().st_size == int(np.prod(shape)) else None
-        if frames is not None and zlib.crc32(frames.data) == json.loads(sums.read_text())["crc32"]:
+    if path.exists() and sums.exists() and path.stat().st_size == math.prod(shape):
+        frames = np.memmap(path, np.uint8, "r", shape=shape)
+        if sums.read_text() == json.dumps({"crc32": zlib.crc32(frames.data)}):
             return frames
-        path.unlink()
     checksums = json.loads((folder / "checksums.json").read_text())
-    aside = path.with_suffix(f".aside-{os.getpid()}")
-    frames = np.memmap(aside, np.uint8, "w+", shape=shape)
 
     def read(i: int) -> None:
-        data = (folder / names[i]).read_bytes()
+        clip = folder / names[i]
+        data = clip.read_bytes() if clip.exists() else b""
         if zlib.crc32(data) != checksums[names[i]]:
-            raise RuntimeError(f"{folder / names[i]} is damaged; delete {folder} and run again to build it anew")
+            raise RuntimeError(f"{clip} is damaged; delete {folder} and run again to build it anew")
         read_frames(data, range, size, out=frames[i])
 
+    aside, sums_aside = _aside(path), _aside(sums)
     try:
+        with open(aside, "wb") as f:
+            os.posix_fallocate(f.fileno(), 0, math.prod(shape))  # writing to a map on a full disk is a bus error
+        frames = np.memmap(aside, np.uint8, "r+", shape=shape)
         for _ in _in_threads(read, list(range(len(names))), f"decoding the {split} clips", report):
             pass
         frames.flush()
         # The checksum is written first: a map without one is not trusted, nor is one that differs from it.
-        sums.write_text(json.dumps({"crc32": zlib.crc32(frames.data)}))
+        sums_aside.write_text(json.dumps({"crc32": zlib.crc32(frames.data)}))
+        os.replace(sums_aside, sums)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+        sums_aside.unlink(missing_ok=True)
     return np.memmap(path, np.uint8, "r", shape=shape)
 
 
@@ -327,18 +334,33 @@ def _in_threads(work: Callable[[Any], Any], items: list[Any], what: str, report:
 @contextlib.contextmanager
 def _made_aside(folder: Path) -> Iterator[Path]:
     """A folder to fill, renamed to `folder` at the end; gone if anything goes wrong."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.aside-{os.getpid()}")
-    for old in folder.parent.glob(f".{folder.name}.aside-*"):
-        if not Path(f"/proc/{old.name.rsplit('-', 1)[1]}").exists():  # left by a build that was killed
-            shutil.rmtree(old)
-    aside.mkdir()
+    aside = _aside(folder)
+    aside.mkdir(parents=True)
     try:
         yield aside
-        if folder.exists():  # another process was faster; its folder is as good
-            shutil.rmtree(aside)
-        else:
+        try:
             os.rename(aside, folder)
+        except OSError:  # something has the name already
+            if (folder / "checksums.json").exists():  # another process was faster; its folder is as good
+                shutil.rmtree(aside)
+            elif folder.exists():  # left by a deletion that was interrupted
+                shutil.rmtree(folder)
+                os.rename(aside, folder)
+            else:
+                raise
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def _aside(final: Path) -> Path:
+    """Where to make what will be renamed to `final`. Removes what processes that were killed left of earlier tries."""
+    mine = f".{final.name}.aside-{socket.gethostname()}-"  # the host: a cache folder may be shared by several machines
+    for old in final.parent.glob(f"{mine}*"):
+        pid = old.name.removeprefix(mine)
+        if pid == str(os.getpid()) or not Path("/proc", pid).exists():  # its own: containers reuse their few numbers
+            if old.is_dir():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.unlink(missing_ok=True)
+    return final.with_name(f"{mine}{os.getpid()}")

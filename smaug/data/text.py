@@ -15,17 +15,31 @@ PAD, UNK, CLS, SEP, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"  # BERT'
 
 def train_tokenizer(captions: Sequence[str], vocabulary: int) -> Tokenizer:
     """A lower-casing WordPiece tokenizer of at most `vocabulary` pieces; BERT, Devlin et al. 2019."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary, special_tokens=[PAD, UNK, CLS, SEP, MASK], show_progress=False
-    )
-    tokenizer.train_from_iterator(sorted(set(captions)), trainer)
+    tokenizer = _untrained(models.WordPiece(unk_token=UNK))
+    texts = sorted(set(captions))
+    words: set[str] = set()
+    for i in range(0, len(texts), 1000):
+        text = tokenizer.normalizer.normalize_str(" ".join(texts[i : i + 1000]))
+        words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text))
+    # The trainer numbers the inner letters (##a) in the order of a randomly seeded hash table, and breaks ties between
+    # pieces by these numbers. Passed as special pieces they have a fixed order, and every training gives the same.
+    inner = sorted({f"##{letter}" for word in words for letter in word[1:]})
+    special = [PAD, UNK, CLS, SEP, MASK]
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=[*special, *inner], show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = _untrained(models.WordPiece(tokenizer.get_vocab(), unk_token=UNK))  # in which ##a is not special
+    tokenizer.add_special_tokens(special)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{CLS} $A {SEP}", special_tokens=[(t, tokenizer.token_to_id(t)) for t in (CLS, SEP)]
     )
+    return tokenizer
+
+
+def _untrained(model: models.WordPiece) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
     return tokenizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +51,7 @@ def retrieval(
         skipped += bad
         check_share(skipped, total, max_bad)
         for group in groups:
-            everything = torch.arange(group.video.shape[1] * model.video.config.patches, dtype=torch.int32)
+            everything = torch.arange(math.prod(model.video.config.grid(group.video.shape[1])), dtype=torch.int32)
             ids = everything.expand(len(group.video), -1).to(device)
             videos.append(heads.embed_video(model.video([(group.video.to(device), ids)])[0]))
             numbers += group.samples.tolist()

@@ -23,16 +23,16 @@ SIZES: dict[str, ModelConfig] = {
     # The embedded data set on two CPU cores.
     "tiny": ModelConfig(),
     "small": ModelConfig(
-        VideoEncoderConfig(width=384, depth=12, heads=6, image_size=224, patch=16),
+        VideoEncoderConfig(width=384, depth=12, heads=6, image_size=224, patch=16, tubelet=1),
         TextEncoderConfig(width=384, depth=6, heads=6),
     ),
     # ViT-B/16 and BERT-base, whose last three layers will be the fusion encoder of the systems that have one.
     "base": ModelConfig(
-        VideoEncoderConfig(width=768, depth=12, heads=12, image_size=224, patch=16),
+        VideoEncoderConfig(width=768, depth=12, heads=12, image_size=224, patch=16, tubelet=1),
         TextEncoderConfig(width=768, depth=9, heads=12),
     ),
     "large": ModelConfig(
-        VideoEncoderConfig(width=1024, depth=24, heads=16, image_size=224, patch=16),
+        VideoEncoderConfig(width=1024, depth=24, heads=16, image_size=224, patch=16, tubelet=1),
         TextEncoderConfig(width=1024, depth=18, heads=16),
     ),
 }

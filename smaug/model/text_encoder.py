@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from smaug.model.layers import Block, init_linear
-from smaug.model.position import sincos
 from smaug.tokens import PackedTokens
 
 
@@ -29,13 +28,13 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.word = nn.Embedding(vocabulary, config.width)
-        self.position = nn.Parameter(0.5 * sincos(config.max_words, config.width))
+        self.position = nn.Parameter(torch.randn(config.max_words, config.width) * 0.02)
         self.blocks = nn.ModuleList(
             Block(config.width, config.heads, config.mlp_ratio, impl) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(config.width)
         init_linear(self)
-        nn.init.normal_(self.word.weight, std=0.5)
+        nn.init.normal_(self.word.weight, std=0.02)
 
     def forward(self, words: PackedTokens) -> tuple[torch.Tensor, PackedTokens]:
         """words.values (T,) int64 are word numbers, words.ids (T,) int32 their places in the caption, [CLS] first.
