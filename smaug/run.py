@@ -52,7 +52,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def build(recipe: Recipe, vocabulary: int, impl: str) -> Model:
-    heads = {name: objective.heads(recipe.model) for name, objective in recipe.objectives.items()}
+    heads = {name: objective.heads(recipe.model, vocabulary) for name, objective in recipe.objectives.items()}
     return Model(recipe.model, vocabulary, heads, impl)
 
 
