@@ -1,0 +1,20 @@
+"""What several test files need: the embedded data set in small."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from smaug.data import shapes
+
+SMALL = (64, 16, 16)
+
+
+@pytest.fixture(scope="session")
+def shapes_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache folder, with `shapes` of 64 + 16 + 16 clips in it; SMAUG_CACHE names it, also for subprocesses."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SMAUG_CACHE", str(folder))
+        shapes.build(SMALL)
+        yield folder

@@ -1,0 +1,288 @@
+"""A batch is a function of (seed, epoch, index), whatever was read before, by how many threads, from files or a map.
+
+The brightness of frame i of clip c is about 20 + 12 * i, its colour tells c, so a wrong frame or clip is seen.
+"""
+
+import random
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from smaug.data import shapes, text
+from smaug.data.clips import DataConfig, open_manifest, open_shapes
+from smaug.data.decode import DecodeError
+from smaug.data.loader import AHEAD, Loader, middle_frames
+from smaug.data.manifest import ManifestError, Skip
+from smaug.masks import TextMask
+
+SMALL = DataConfig(shapes=(64, 16, 16))
+VIDEOS, IMAGES = 9, 4
+FRAMES = 12
+
+
+def loader(clips, batch=4, seed=0, frames=4, mask=TextMask(0.4), **config):  # noqa: B008
+    tokenizer = text.train_tokenizer([c for s in clips.samples for c in s.captions], 300)
+    config = DataConfig(batch=batch, **config)
+    return Loader(clips, tokenizer, config, frames=frames, max_words=16, text_mask=mask, seed=seed)
+
+
+def same(a, b):
+    return (
+        [g.video.shape for g in a.groups] == [g.video.shape for g in b.groups]
+        and all(torch.equal(x.video, y.video) for x, y in zip(a.groups, b.groups, strict=True))
+        and all(torch.equal(x.samples, y.samples) for x, y in zip(a.groups, b.groups, strict=True))
+        and torch.equal(a.words.values, b.words.values)
+        and torch.equal(a.words.ids, b.words.ids)
+        and torch.equal(a.words.cu_seqlens, b.words.cu_seqlens)
+        and torch.equal(a.video_keys, b.video_keys)
+        and torch.equal(a.caption_keys, b.caption_keys)
+        and (a.epoch, a.names, a.dense_words) == (b.epoch, b.names, b.dense_words)
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Videos v0 .. v8 with 1 + c % 3 captions, and images i0 .. i3."""
+    folder = tmp_path_factory.mktemp("clips")
+    rows = ["video,image,caption"]
+    for c in range(VIDEOS):
+        frames = np.repeat(20 + 12 * np.arange(FRAMES), 48 * 48 * 3).reshape(FRAMES, 48, 48, 3).astype(np.uint8)
+        (folder / f"v{c}.webm").write_bytes(shapes.encode(frames))
+        rows += [f"v{c}.webm,,video {c} said {k}" for k in range(1 + c % 3)]
+    for c in range(IMAGES):
+        Image.new("RGB", (40 + c, 40), (50 * c, 50 * c, 50 * c)).save(folder / f"i{c}.png")
+        rows.append(f",i{c}.png,image {c}")
+    (folder / "m.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture
+def mixed(folder):
+    return open_manifest([folder / "m.csv"], DataConfig(), 32)
+
+
+def test_a_batch_depends_on_seed_and_step_alone(mixed):
+    first = loader(mixed)
+    batches = [first.batch(step) for step in range(8)]  # 13 clips: 3 batches an epoch
+    assert [b.epoch for b in batches] == [0, 0, 0, 1, 1, 1, 2, 2]
+    again = loader(mixed, workers=5)
+    for step in random.Random(0).sample(range(8), 8):
+        assert same(again.batch(step), batches[step])
+    assert not same(batches[0], batches[3])
+    assert not same(loader(mixed, seed=1).batch(0), batches[0])
+
+
+def test_every_clip_once_an_epoch(mixed):
+    with_rest = loader(mixed, batch=5)
+    assert with_rest.batches_per_epoch == 2  # the other three are left out
+    for epoch in range(3):
+        names = [name for i in range(2) for name in with_rest.batch(2 * epoch + i).names]
+        assert len(names) == len(set(names)) == 10
+    for batch in (13, 100):  # more than there are: all of them
+        whole = loader(mixed, batch=batch)
+        assert whole.size == 13 and whole.batches_per_epoch == 1
+        assert sorted(whole.batch(4).names) == sorted(s.name for s in mixed.samples)
+    assert whole.batch(0).names != whole.batch(1).names  # in another order each time
+    orders = {loader(mixed, batch=1).batch(step).names for step in range(13)}
+    assert len(orders) == 13
+
+
+def test_frames_are_from_their_intervals_and_differ_by_visit(mixed):
+    source = loader(mixed, batch=13)
+    seen = [Counter() for _ in range(4)]
+    for epoch in range(30):
+        videos, images = source.batch(epoch).groups
+        assert videos.video.shape == (9, 4, 32, 32, 3) and images.video.shape == (4, 1, 32, 32, 3)
+        assert videos.video.dtype == torch.uint8
+        numbers = ((videos.video.float().mean((2, 3, 4)) - 20) / 12).round().int()
+        for interval in range(4):
+            seen[interval].update(numbers[:, interval].tolist())
+    for interval, count in enumerate(seen):  # 270 draws of 3 frames
+        assert set(count) == {3 * interval, 3 * interval + 1, 3 * interval + 2}
+        assert min(count.values()) > 55
+
+
+def test_images_and_videos_mix_and_captions_stand_in_their_order(mixed):
+    source = loader(mixed, batch=6, mask=TextMask(0.0))
+    cls = source.cls
+    kinds = set()
+    for step in range(12):
+        batch = source.batch(step)
+        assert len(batch) == 6 and sum(len(g.samples) for g in batch.groups) == 6
+        assert [g.video.shape[1] for g in batch.groups] in ([4, 1], [4], [1])
+        kinds.add(len(batch.groups))
+        numbers = torch.cat([g.samples for g in batch.groups])
+        assert torch.equal(numbers, batch.video_keys)
+        assert batch.names == tuple(mixed.samples[n].name for n in numbers)
+        rows = batch.words.values.split(list(batch.words.lengths))
+        for n, key, row in zip(numbers.tolist(), batch.caption_keys.tolist(), rows, strict=True):
+            captions = mixed.samples[n].captions
+            caption = captions[batch.epoch % len(captions)]  # several rotate by epoch
+            assert row.tolist() == [cls, *source.words[key]]
+            assert source.words[key] == text.encode(_tokenizer(mixed), [caption], 16)[0]
+        for group in batch.groups:
+            if group.video.shape[1] == 1:  # an image's gray tells which one it is
+                assert [int(v.float().mean() / 50 + 0.5) for v in group.video] == [n - VIDEOS for n in group.samples]
+        assert batch.dense_words == batch.words.rows == len(batch.words.values)
+    assert 2 in kinds
+
+
+def _tokenizer(clips):
+    return text.train_tokenizer([c for s in clips.samples for c in s.captions], 300)
+
+
+def test_masked_words_are_dropped_or_replaced(mixed):
+    dropped, masked = (loader(mixed, batch=13, mask=TextMask(0.5, kind)) for kind in ("drop", "mask"))
+    for epoch in range(3):
+        a, b = dropped.batch(epoch), masked.batch(epoch)
+        whole = [dropped.words[c] for c in a.caption_keys.tolist()]
+        assert a.dense_words == b.dense_words == b.words.rows == sum(1 + len(w) for w in whole)
+        assert a.words.lengths == tuple(1 + len(w) - round(0.5 * len(w)) for w in whole)
+        assert a.words.values.tolist() == b.words.values[b.words.values != masked.mask].tolist()
+        assert a.words.ids.tolist() == b.words.ids[b.words.values != masked.mask].tolist()
+
+
+def test_the_same_caption_has_the_same_key(tmp_path, folder):
+    (tmp_path / "m.csv").write_text("video,caption\nv0.webm,a\nv1.webm,b\nv2.webm,a\n")
+    batch = loader(open_manifest([tmp_path / "m.csv"], DataConfig(root=folder), 32), batch=3).batch(0)
+    key = dict(zip(batch.names, batch.caption_keys.tolist(), strict=True))
+    assert key["v0.webm"] == key["v2.webm"] != key["v1.webm"] and len(set(batch.video_keys.tolist())) == 3
+
+
+@pytest.fixture
+def broken(folder, mixed, tmp_path):
+    """The same clips, of which v3 and i1 cannot be decoded."""
+    (tmp_path / "v3.webm").write_bytes((folder / "v3.webm").read_bytes()[:200])
+    (tmp_path / "i1.png").write_bytes(b"no picture")
+    bad = {"v3.webm", "i1.png"}
+    samples = [replace(s, path=tmp_path / s.name) if s.name in bad else s for s in mixed.samples]
+    return replace(mixed, samples=samples)
+
+
+def test_undecodable_files_are_skipped_named_and_replaced(broken, mixed):
+    source = loader(broken, max_bad=0.2)
+    batches = [source.batch(step) for step in range(12)]
+    assert {skip.name for skip in source.skipped.values()} == {"v3.webm", "i1.png"} and len(source.skipped) == 2
+    assert source.skipped[VIDEOS + 1] == Skip("i1.png", "not a picture") and source.skipped[3].reason
+    assert all(len(b) == 4 and not {"v3.webm", "i1.png"} & set(b.names) for b in batches)
+    whole = [loader(mixed).batch(step) for step in range(12)]
+    assert all(set(w.names) - {"v3.webm", "i1.png"} <= set(b.names) for b, w in zip(batches, whole, strict=True))
+    for step in (11, 5, 0):  # the same one takes the place after a restart, and when one thread reads
+        assert same(loader(broken, max_bad=0.2, workers=1).batch(step), batches[step])
+
+
+def test_too_many_undecodable_files_stop_the_run(broken):
+    source = loader(broken, max_bad=0.1)
+    with pytest.raises(ManifestError, match=r"2 of 13 files cannot be used, more than the 10%.*--data.max-bad"):
+        for _ in source.ahead(0, 12):
+            pass
+    assert not _threads()
+    broken.skipped.append(Skip("gone.mp4", "file not found"))  # what was missing from the start counts too
+    with pytest.raises(ManifestError, match="3 of 14 files"):
+        [loader(broken, max_bad=0.2).batch(step) for step in range(12)]
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_one_good_file_of_two_is_found(mixed, monkeypatch, good):
+    two = replace(mixed, samples=mixed.samples[:2])
+    read = type(two).read
+
+    def one(self, number, pick):
+        if number == good:
+            return read(self, number, pick)
+        raise DecodeError("bad")
+
+    monkeypatch.setattr(type(two), "read", one)
+    for seed in range(4):
+        source = loader(two, batch=1, max_bad=0.5, seed=seed)
+        assert {source.batch(step).names for step in range(4)} == {(f"v{good}.webm",)}
+
+
+def test_not_one_good_file(mixed, monkeypatch):
+    def none(self, number, pick):
+        raise DecodeError("bad")
+
+    monkeypatch.setattr(type(mixed), "read", none)
+    with pytest.raises(ManifestError, match="none of the 13 files can be decoded"):
+        loader(mixed, max_bad=1.0).batch(0)
+
+
+def _threads():
+    return [t for t in threading.enumerate() if t.name == "smaug-loader"]
+
+
+def test_prefetched_equals_direct(mixed):
+    source, direct = loader(mixed), loader(mixed)
+    made = list(source.ahead(2, 9))
+    assert len(made) == 7 and all(same(b, direct.batch(step)) for step, b in enumerate(made, 2))
+    assert list(source.ahead(5, 5)) == [] and not _threads()
+
+
+def test_batches_are_made_ahead_but_not_without_end(mixed, monkeypatch):
+    source, made = loader(mixed), []
+    batch = source.batch
+    monkeypatch.setattr(source, "batch", lambda step: (made.append(step), batch(step))[1])
+    batches = source.ahead(0, 1000)
+    next(batches)
+    until = time.monotonic() + 10
+    while len(made) < AHEAD + 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert made == list(range(AHEAD + 2))  # one taken, AHEAD waiting, one in the maker's hands
+    batches.close()
+    assert not _threads() and len(made) == AHEAD + 2
+
+
+def test_errors_of_the_thread_reach_who_asked(mixed, monkeypatch):
+    source = loader(mixed)
+    batch = source.batch
+
+    def fail(step):
+        if step == 2:
+            raise MemoryError("no room for batch 2")
+        return batch(step)
+
+    monkeypatch.setattr(source, "batch", fail)
+    batches = source.ahead(0, 10)
+    assert same(next(batches), batch(0)) and same(next(batches), batch(1))
+    with pytest.raises(MemoryError, match="no room for batch 2") as error:
+        next(batches)
+    assert "fail" in [entry.name for entry in error.traceback]  # with the place where it happened
+    assert not _threads()
+
+
+def test_live_decoding_gives_the_batches_of_the_map(shapes_cache):
+    mapped = loader(open_shapes("train", SMALL, 64, lambda *a: None), batch=16)
+    live_clips = open_shapes("train", DataConfig(shapes=SMALL.shapes, cache=False), 64, lambda *a: None)
+    live = loader(live_clips, batch=16)
+    assert mapped.clips.frames is not None and live.clips.frames is None
+    assert all(same(mapped.batch(step), live.batch(step)) for step in (0, 3, 4))
+
+
+def test_to_moves_everything(mixed):
+    batch = loader(mixed, batch=6).batch(0)
+    moved = batch.to(torch.device("meta"))
+    tensors = [moved.words.values, moved.words.cu_seqlens, moved.words.ids, moved.video_keys, moved.caption_keys]
+    tensors += [t for g in moved.groups for t in (g.video, g.samples)]
+    assert all(t.device.type == "meta" for t in tensors) and moved.names == batch.names
+    assert moved.words.lengths == batch.words.lengths
+    assert same(batch.to(torch.device("cpu")), batch)
+
+
+def test_middle_frames(broken):
+    groups, skipped = middle_frames(broken, range(1, 12), 4)
+    assert [g.samples.tolist() for g in groups] == [[1, 2, 4, 5, 6, 7, 8], [9, 11]]
+    assert [s.name for s in skipped] == ["v3.webm", "i1.png"]
+    numbers = ((groups[0].video.float().mean((2, 3, 4)) - 20) / 12).round().int()
+    assert numbers.tolist() == [[1, 4, 7, 10]] * 7
+    shuffled, _ = middle_frames(broken, range(1, 12), 4, shuffle=True)
+    again, _ = middle_frames(broken, range(5, 8), 4, shuffle=True)  # a clip's order depends on nothing else
+    mixed_up = ((shuffled[0].video.float().mean((2, 3, 4)) - 20) / 12).round().int()
+    assert mixed_up.sort(1).values.tolist() == numbers.tolist() and len({tuple(r) for r in mixed_up.tolist()}) > 2
+    assert torch.equal(again[0].video, shuffled[0].video[3:6])
