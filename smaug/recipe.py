@@ -7,6 +7,7 @@ import importlib
 import pkgutil
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -39,13 +40,16 @@ def names() -> list[str]:
 def load(name: str, size: str = "tiny") -> Recipe:
     """The recipe in `smaug/recipes/{name}.py`, at a size of `SIZES`."""
     if name not in names():
-        close = get_close_matches(name, names(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"there is no recipe {name!r}{hint} Recipes: {', '.join(names())}.")
+        raise ValueError(f"there is no recipe {name!r}{_hint(name, names())} Recipes: {', '.join(names())}.")
     if size not in SIZES:
-        raise ValueError(f"there is no size {size!r}. Sizes: {', '.join(SIZES)}.")
+        raise ValueError(f"there is no size {size!r}{_hint(size, SIZES)} Sizes: {', '.join(SIZES)}.")
     recipe: Recipe = importlib.import_module(f"smaug.recipes.{name}").recipe(size)
     return recipe
+
+
+def _hint(wrong: str, known: Iterable[str]) -> str:
+    close = get_close_matches(wrong, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def to_json(value: Any) -> Any:
@@ -73,6 +77,8 @@ def from_json(value: Any, kind: Any = Recipe) -> Any:
             raise ValueError(f"the configuration names the type {value.get('type')!r}; here it can be: {known}")
         return from_json(value, named[0] if named else members[0])
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            raise ValueError(f"the configuration has {value!r} where a {kind.__name__} of this version of smaug stands")
         hints = typing.get_type_hints(kind)
         unknown = set(value) - set(hints) - {"type"}
         if unknown or value.get("type") != kind.__name__:

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from tokenizers import Tokenizer
 
@@ -58,7 +59,8 @@ def parse(arguments: list[str]) -> tuple[Options, str]:
     """Recipe and size come first, since they decide the defaults; a run to resume brings its own."""
     rest = list(arguments)
     name = rest.pop(0) if rest and not rest[0].startswith("-") else DEFAULT_RECIPE
-    size = _take(rest, "--size") or "tiny"
+    asked = _take(rest, "--size")
+    size = asked or "tiny"
     fast = False
     run_dir = _peek(rest, "--run-dir")
     if "--resume" in rest:
@@ -69,6 +71,8 @@ def parse(arguments: list[str]) -> tuple[Options, str]:
         if arguments[:1] == [name] and name != saved.name:
             raise ValueError(f"{run_dir} is a run of the recipe {saved.name}, not of {name}")
         default, fast, size = saved, config["fast"], config["size"]
+        if asked not in (None, size):
+            raise ValueError(f"{run_dir} is a run of the size {size}, not of {asked}")
     else:
         default = recipes.load(name, size)
     options = tyro.cli(
@@ -112,7 +116,7 @@ def _differences(a: Any, b: Any, at: str = "") -> Iterator[str]:
 
 
 def run(options: Options, size: str, command: str) -> int:
-    console = Console()
+    console = Console(markup=False)  # a file may be called clip[1].mp4
     began = time.perf_counter()
     recipe, way = options.recipe, device.choose(options.fast, options.device)
     steps = min(recipe.optim.steps, options.max_steps if options.max_steps is not None else recipe.optim.steps)
@@ -126,17 +130,19 @@ def run(options: Options, size: str, command: str) -> int:
     scratch = build(recipe, vocabulary=64, impl=way.impl)
     parameters = sum(p.numel() for p in scratch.parameters())
     seconds = predicted_seconds(scratch, recipe, steps, device.matrix_rate(way))
-    console.print(f"[bold]smaug {smaug.__version__}[/]  recipe {recipe.name}, size {size}, seed {recipe.seed}")
+    console.print(
+        f"[bold]smaug {smaug.__version__}[/]  recipe {recipe.name}, size {size}, seed {recipe.seed}", markup=True
+    )
     console.print(f"machine    {device.describe(way.device)}", highlight=False)
     console.print(f"way        {'--fast: ' if options.fast else ''}{way.why}", highlight=False)
     console.print(f"model      {parameters / 1e6:.2f} M parameters", highlight=False)
     console.print(
         f"predicted  {seconds / 60:.1f} minutes of training for {steps} steps (from counted FLOPs)", highlight=False
     )
-    console.print(f"run        {folder}", highlight=False)
+    console.print(f"run        {folder}", highlight=False, soft_wrap=True)
 
     clips, held_out = open_split(recipe, "train", console), open_split(recipe, "test", console)
-    tokenizer = _tokenizer(folder, clips, recipe)
+    tokenizer = _tokenizer(folder, clips, recipe, options.resume)
     if not options.resume:
         config = {
             "size": size,
@@ -157,7 +163,7 @@ def run(options: Options, size: str, command: str) -> int:
     if options.resume:
         state, damaged = checkpoint.load_newest(folder / "checkpoints", model, optimizer)
         for sentence in damaged:
-            console.print(f"[yellow]{sentence}[/]")
+            console.print(sentence, style="yellow", highlight=False, soft_wrap=True)
         totals = state["totals"] if state else totals
         at = f"step {totals['step']:.0f}" if state else "step 0, since there is no checkpoint yet"
         console.print(f"resuming at {at}", highlight=False)
@@ -171,7 +177,7 @@ def run(options: Options, size: str, command: str) -> int:
     loop = Loop(options, folder, console, way, model, optimizer, loader, totals, began)
     finished = loop.train(steps)
     for skip in [*clips.skipped, *loader.skipped.values()]:
-        console.print(f"[yellow]skipped[/] {skip.name}: {skip.reason}", highlight=False)
+        console.print(f"skipped {skip.name}: {skip.reason}", style="yellow", highlight=False, soft_wrap=True)
     if not finished:
         console.print(f"stopped at step {totals['step']:.0f} and saved; go on with:", highlight=False)
         console.print(
@@ -194,10 +200,10 @@ def run(options: Options, size: str, command: str) -> int:
     return 0
 
 
-def _tokenizer(folder: Path, clips: Clips, recipe: Recipe) -> Tokenizer:
+def _tokenizer(folder: Path, clips: Clips, recipe: Recipe, resume: bool) -> Tokenizer:
     """The run's own, trained on its captions when it started."""
     path = folder / "tokenizer.json"
-    if path.exists():
+    if resume and path.exists():
         return Tokenizer.from_file(str(path))
     tokenizer = train_tokenizer([c for s in clips.samples for c in s.captions], recipe.data.vocabulary)
     write(path, tokenizer.to_str(pretty=True))
@@ -349,10 +355,10 @@ def main() -> int:
         options, size = parse(arguments)
         return run(options, size, shlex.join(["python", "-m", "smaug.train", *arguments]))
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[red]smaug:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]smaug:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
-        Console(stderr=True).print("stopped before training had begun; nothing of it was kept", highlight=False)
+        Console(stderr=True).print("stopped at once; --resume goes on from what the run had saved", highlight=False)
         return 130
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 from smaug.device import describe
 from smaug.evaluate.scores import evaluate, print_result
@@ -28,7 +29,7 @@ class Options:
 
 def main() -> int:
     options = tyro.cli(Options, prog="python -m smaug.evaluate", description=__doc__)
-    console = Console()
+    console = Console(markup=False)  # a file may be called clip[1].mp4
     try:
         if options.frames is not None and options.frames < 1:
             raise ValueError("--frames must be at least 1")
@@ -43,7 +44,7 @@ def main() -> int:
             options.json.write_text(json.dumps(result, indent=2))
         return 0
     except (ValueError, OSError) as error:
-        Console(stderr=True).print(f"[red]smaug:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]smaug:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 130

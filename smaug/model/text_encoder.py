@@ -43,8 +43,9 @@ class TextEncoder(nn.Module):
         """
         x = F.embedding(words.values, self.word.weight) + F.embedding(words.ids, self.position)
         # Embeddings are fp32 under autocast; the stream is kept in the precision of the products, as the video's is.
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        kind = x.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
         tokens = words.with_values(x)
         for block in self.blocks:
             tokens = block(tokens)

@@ -32,9 +32,7 @@ def clips(count, frames, seed=1):
 
 
 def draw(made, mask, video):
-    keep, _ = mask.draw(
-        torch.arange(len(video)), made.config.grid(video.shape[1]), seed=5, epoch=2, impl="reference"
-    )
+    keep, _ = mask.draw(torch.arange(len(video)), made.config.grid(video.shape[1]), seed=5, epoch=2, impl="reference")
     return keep
 
 
