@@ -41,7 +41,7 @@ class Block(nn.Module):
     def forward(self, tokens: PackedTokens) -> PackedTokens:
         x = tokens.values
         x = x + self.attention(self.norm1(x), tokens)
-        x = x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
         return tokens.with_values(x)
 
 
