@@ -412,7 +412,7 @@ def select_tokens(
     keep      int k: that many of each sequence (all, where it has fewer). float q, 0 to 1: of n rows without prefix
               k = (n * Q + 65535) >> 16 with Q = round(q * 65536), that is q * n rounded up. keep=1 is one row,
               keep=1.0 all of them.
-    mass      instead of keep: the fewest whose scores, fp32 and not negative, reach this share of the sum, prefix apart.
+    mass      instead of keep: the fewest whose fp32 scores, none negative, reach this share of the sum without prefix.
               A fourth result, ``overflow`` () int32, counts the rows that went for want of ``capacity``.
     prefix    the first ``prefix`` rows of each sequence ([CLS], registers) always stay.
     fuse      "mean": the last row of a sequence that lost something is sum_i w_i x_i over its lost rows, w = score /
