@@ -59,7 +59,7 @@ class FusionBlock(nn.Module):
             impl=self.impl,
         )
         x = x + self.proj(o.flatten(1))
-        return words.with_values(x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh")))
+        return words.with_values(x + self.down(F.gelu(self.up(self.norm2(x)))))
 
 
 class Fusion(nn.Module):

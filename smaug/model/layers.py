@@ -54,7 +54,7 @@ class Block(nn.Module):
 
     def mlp(self, tokens: PackedTokens) -> PackedTokens:
         x = tokens.values
-        return tokens.with_values(x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh")))
+        return tokens.with_values(x + self.down(F.gelu(self.up(self.norm2(x)))))
 
 
 def init_linear(module: nn.Module) -> None:

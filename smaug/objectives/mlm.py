@@ -23,7 +23,7 @@ class MlmHead(nn.Module):
         init_linear(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.words(self.norm(F.gelu(self.transform(x), approximate="tanh"))).float()
+        return self.words(self.norm(F.gelu(self.transform(x)))).float()
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,21 @@ from smaug.ops.gather_tokens import FLOPS as _gather_flops
 from smaug.ops.gather_tokens import gather_tokens, scatter_tokens
 from smaug.ops.patch_embed import FLOPS as _patch_flops
 from smaug.ops.patch_embed import patch_embed
+from smaug.ops.pixel_loss import FLOPS as _pixel_flops
+from smaug.ops.pixel_loss import pixel_loss
 from smaug.ops.random_mask import FLOPS as _mask_flops
 from smaug.ops.random_mask import keep_count, random_mask
+from smaug.ops.select_tokens import FLOPS as _select_flops
+from smaug.ops.select_tokens import select_tokens
 
-_FLOPS: dict[Any, Any] = {**_mask_flops, **_patch_flops, **_gather_flops, **_attention_flops}
+_FLOPS: dict[Any, Any] = {
+    **_mask_flops,
+    **_patch_flops,
+    **_gather_flops,
+    **_attention_flops,
+    **_select_flops,
+    **_pixel_flops,
+}
 
 
 def register_flops() -> None:
@@ -35,7 +46,9 @@ __all__ = [
     "gather_tokens",
     "keep_count",
     "patch_embed",
+    "pixel_loss",
     "random_mask",
     "register_flops",
     "scatter_tokens",
+    "select_tokens",
 ]

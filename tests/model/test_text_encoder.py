@@ -31,7 +31,7 @@ def padded(made, words):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         x = x + block.attention.proj(o.transpose(1, 2).flatten(2))
-        x = x + block.down(F.gelu(block.up(block.norm2(x)), approximate="tanh"))
+        x = x + block.down(F.gelu(block.up(block.norm2(x))))
     return made.norm(x), mask
 
 

@@ -55,7 +55,7 @@ def dense(made, video, keep):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
         x = x + block.attention.proj(o.transpose(1, 2).flatten(2))
-        x = x + block.down(F.gelu(block.up(block.norm2(x)), approximate="tanh"))
+        x = x + block.down(F.gelu(block.up(block.norm2(x))))
     return made.norm(x)
 
 

@@ -20,6 +20,9 @@ REPEATED = ALONE.clone()
 for group in ((0, 3), (1, 2, 5)):
     for i in group:
         REPEATED[i, list(group)] = True
+# No batch has one, but it tells rows from columns: text 0 belongs to video 3 too, text 3 not to video 0.
+ONE_WAY = ALONE.clone()
+ONE_WAY[0, 3] = True
 
 
 def heads_of(vtc=Vtc(embed_dim=10)):  # noqa: B008
@@ -57,7 +60,7 @@ def truth_of(heads, shown):
     return written_out(*unit, shown.positives, heads.log_temperature.double().exp())
 
 
-@pytest.mark.parametrize("positives", [ALONE, REPEATED], ids=["alone", "repeated"])
+@pytest.mark.parametrize("positives", [ALONE, REPEATED, ONE_WAY], ids=["alone", "repeated", "one way"])
 def test_is_the_formula_with_its_gradients(positives):
     heads, shown = heads_of(), seen(positives)
     loss, truth = Vtc()(heads, shown), truth_of(heads, shown)
@@ -95,12 +98,6 @@ def test_symmetric():
     heads.video, heads.text = heads.text, heads.video
     other = Seen(shown.text, None, shown.video, None, REPEATED.T)
     torch.testing.assert_close(Vtc()(heads, other), loss)
-    # Not so when a positive goes one way only: rows and columns are two sums.
-    one_way = ALONE.clone()
-    one_way[0, 3] = True
-    assert Vtc()(heads, Seen(shown.text, None, shown.video, None, one_way)).item() != pytest.approx(
-        Vtc()(heads, Seen(shown.text, None, shown.video, None, one_way.T)).item(), rel=1e-4
-    )
 
 
 def test_order_of_pairs_does_not_matter():
@@ -110,16 +107,15 @@ def test_order_of_pairs_does_not_matter():
     torch.testing.assert_close(Vtc()(heads, other), Vtc()(heads, shown))
 
 
-@pytest.mark.parametrize(("wild", "held"), [(1e-5, 0.001), (0.001, 0.001), (3.0, 0.5), (0.2, 0.2)])
+@pytest.mark.parametrize(("wild", "held"), [(1e-5, 0.001), (3.0, 0.5), (0.2, 0.2)])
 def test_temperature_is_clamped(wild, held):
     heads, shown = heads_of(), seen(ALONE)
     heads.log_temperature.data.fill_(math.log(wild))
     loss = Vtc()(heads, shown)
-    heads.log_temperature.data.fill_(math.log(held * (1 + 1e-6)))
-    assert loss.item() == pytest.approx(Vtc()(heads, shown).item(), rel=1e-4)
     (gradient,) = torch.autograd.grad(loss, heads.log_temperature)
-    assert (gradient != 0) == (wild == held) or wild == 0.001
-    assert math.isfinite(gradient.item())
+    assert math.isfinite(gradient.item()) and (gradient != 0) == (wild == held)
+    heads.log_temperature.data.fill_(math.log(held))
+    assert loss.item() == pytest.approx(Vtc()(heads, shown).item(), rel=1e-5)
 
 
 def test_bf16_features_are_compared_in_fp32():

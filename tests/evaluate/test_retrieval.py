@@ -1,0 +1,163 @@
+"""Retrieval on a model whose vectors are planted, so that every rank is known beforehand."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from smaug.data.clips import Clips
+from smaug.data.loader import middle_frames
+from smaug.data.manifest import Sample
+from smaug.data.text import train_tokenizer
+from smaug.device import choose
+from smaug.evaluate.retrieval import retrieval
+from smaug.evaluate.scores import evaluate
+from smaug.model.model import ModelConfig
+from smaug.model.text_encoder import TextEncoderConfig
+from smaug.model.video_encoder import VideoEncoderConfig
+from smaug.objectives.vtc import Vtc
+from smaug.recipe import Recipe
+
+WORDS = [a + b for a in "bdfgklmnpr" for b in ("aba", "obo", "uku")]
+
+
+class Planted(nn.Module):
+    """Clip i, whose first frame has the brightness i, is the i-th axis; caption t is a row of `table`."""
+
+    def __init__(self, table, tokenizer, frame=0):
+        super().__init__()
+        texts, videos = table.shape
+        width = dict(width=videos, heads=1)
+        config = ModelConfig(VideoEncoderConfig(**width, image_size=8, patch=8), TextEncoderConfig(**width))
+        heads = Vtc(embed_dim=videos).heads(config)
+        for layer in (heads.video, heads.text):
+            layer.weight.data, layer.bias.data = torch.eye(videos), torch.zeros(videos)
+        self.heads = nn.ModuleDict({"vtc": heads})
+        self.video_calls = []
+        words = {tokenizer.token_to_id(WORDS[t]): t for t in range(texts)}
+
+        def video(groups):
+            ((pixels, ids),) = groups
+            self.video_calls.append((pixels, ids))
+            return nn.functional.one_hot(pixels[:, frame, 0, 0, 0].long(), videos).float(), None
+
+        def text(packed):
+            numbers = packed.values[packed.cu_seqlens[:-1].long() + 1].tolist()
+            return torch.stack([table[words[n]] for n in numbers]), None
+
+        self.video, self.text = video, text
+        grid = lambda frames: (frames, 1, 1)  # noqa: E731
+        video.config, text.config = SimpleNamespace(patches=1, grid=grid), SimpleNamespace(max_words=4)
+
+
+def planted(table, captions, frame=0, frames_of=None, subsets=None):
+    """captions[i] are the rows of `table` that tell of clip i."""
+    tokenizer = train_tokenizer(WORDS, 500)
+    assert all(tokenizer.token_to_id(word) is not None for word in WORDS)
+    samples = [
+        Sample(Path(f"{i}.mp4"), "video", tuple(WORDS[t] for t in own), f"{i}.mp4") for i, own in enumerate(captions)
+    ]
+    level = np.arange(len(captions), dtype=np.uint8)[:, None] + np.zeros(4, np.uint8)
+    frames = (
+        np.ones((len(captions), 4, 8, 8, 3), np.uint8)
+        * (level if frames_of is None else frames_of)[:, :, None, None, None]
+    )
+    return Planted(table, tokenizer, frame), Clips("planted", samples, 8, frames, subsets or {}), tokenizer
+
+
+def with_ranks(ranks):
+    """A score table in which text i finds its video i at rank `ranks[i]`."""
+    n = len(ranks)
+    generator = torch.Generator().manual_seed(0)
+    table = torch.zeros(n, n)
+    for i, rank in enumerate(ranks):
+        others = [j for j in torch.randperm(n, generator=generator).tolist() if j != i]
+        order = [*others[: rank - 1], i, *others[rank - 1 :]]
+        table[i, order] = torch.rand(n, generator=generator).sort(descending=True).values  # no two alike
+    return table
+
+
+def test_recall_is_what_was_planted():
+    ranks = [1, 2, 11, 5, 1, 6, 10, 1, 3, 12, 4, 1]
+    table = with_ranks(ranks)
+    new = np.array([i in (1, 4, 7) for i in range(12)])
+    model, clips, tokenizer = planted(table, [(i,) for i in range(12)], subsets={"new": new, "none": new & False})
+    found = retrieval(model, clips, tokenizer, frames=4, max_bad=0.05)
+    assert found.skipped == []
+    s = found.scores
+    assert (s["t2v_r1"], s["t2v_r5"], s["t2v_r10"]) == pytest.approx((4 / 12, 8 / 12, 10 / 12))
+    assert s["t2v_medr"] == 3.5 and s["candidates"] == 12
+    assert s["t2v_r1_new"] == pytest.approx(2 / 3) and "t2v_r1_none" not in s
+    unit = (table / table.norm(dim=1, keepdim=True)).numpy()
+    v2t = np.array([1 + (unit[:, i] > unit[i, i]).sum() for i in range(12)])
+    assert len(set(v2t.tolist())) > 3
+    for k in (1, 5, 10):
+        assert s[f"v2t_r{k}"] == pytest.approx((v2t <= k).mean())
+    assert s["v2t_medr"] == np.median(v2t)
+
+
+def test_several_captions_of_a_clip():
+    """Three texts of clip 0 at ranks 1, 2, 3; one of clip 1, one of clip 2. Each text is asked for, each video once."""
+    table = torch.tensor([[3.0, 1, 2], [2, 3, 1], [1, 3, 2], [1, 3, 2], [3, 2.5, 1]])
+    model, clips, tokenizer = planted(table, [(0, 1, 2), (3,), (4,)], subsets={"odd": np.array([True, False, True])})
+    s = retrieval(model, clips, tokenizer, frames=2, max_bad=0.05).scores
+    assert s["t2v_r1"] == pytest.approx(2 / 5) and s["t2v_medr"] == 2
+    assert s["t2v_r1_odd"] == pytest.approx(1 / 4)  # of texts 0, 1, 2 and 4
+    # Video 0 finds its own first text, ahead of text 4; video 1 has text 3 level with its rivals 1 and 2, and ties
+    # lose; video 2 finds text 4 last.
+    assert s["v2t_r1"] == pytest.approx(1 / 3) and s["v2t_medr"] == 3
+
+
+def test_ties_lose():
+    model, clips, tokenizer = planted(torch.ones(12, 12), [(i,) for i in range(12)])
+    s = retrieval(model, clips, tokenizer, frames=4, max_bad=0.05).scores
+    assert s["t2v_r10"] == s["v2t_r10"] == 0 and s["t2v_medr"] == 12
+
+
+def test_every_token_of_the_asked_frames_is_seen():
+    model, clips, tokenizer = planted(torch.eye(3), [(0,), (1,), (2,)])
+    for frames in (1, 2, 4):
+        retrieval(model, clips, tokenizer, frames=frames, max_bad=0.05)
+        pixels, ids = model.video_calls[-1]
+        assert pixels.shape[:2] == (3, frames) and ids.tolist() == [list(range(frames))] * 3
+
+
+def test_shuffle_permutes_the_frames_of_each_clip():
+    frames_of = np.arange(12, dtype=np.uint8)[:, None] * 10 + np.arange(4, dtype=np.uint8)
+    _, clips, _ = planted(torch.eye(12), [(i,) for i in range(12)], frames_of=frames_of)
+    read = {}
+    for shuffle in (False, True):
+        ((group,), skipped) = middle_frames(clips, range(12), 4, shuffle=shuffle)
+        assert skipped == [] and group.samples.tolist() == list(range(12))
+        read[shuffle] = group.video[..., 0, 0, 0].numpy()
+    assert (read[False] == frames_of).all()
+    assert (np.sort(read[True], 1) == frames_of).all()
+    assert len({tuple(row % 10) for row in read[True]}) > 4  # in several orders
+    again = middle_frames(clips, range(12), 4, shuffle=True)[0][0].video[..., 0, 0, 0].numpy()
+    assert (again == read[True]).all()
+    some = middle_frames(clips, [7, 3], 4, shuffle=True)[0][0].video[..., 0, 0, 0].numpy()
+    assert (some == read[True][[7, 3]]).all()  # whatever else is in the batch
+
+
+def test_scores_say_what_shuffling_costs():
+    """Only the first frame tells the clip; the three others show the next clip, or the one after that, ..."""
+    n = 12
+    frames_of = ((np.arange(n)[:, None] + np.arange(4)) % n).astype(np.uint8)
+    model, clips, tokenizer = planted(torch.eye(n) + 0.01, [(i,) for i in range(n)], frames_of=frames_of)
+    recipe, way = Recipe("planted"), choose(fast=False, device="cpu")
+    plain = evaluate(model, recipe, clips, tokenizer, way, frames=4)
+    mixed = evaluate(model, recipe, clips, tokenizer, way, frames=4, shuffle=True)
+    assert plain["t2v_r1"] == plain["v2t_r1"] == 1.0
+    assert plain["t2v_r1_shuffled"] == mixed["t2v_r1"] == mixed["t2v_r1_shuffled"] < 0.7
+    assert plain["frames"] == 4 and plain["evaluated_on"] == "planted"
+    assert mixed["evaluated_on"] == "planted, frames shuffled"
+
+
+def test_a_model_without_contrast_is_refused():
+    model, clips, tokenizer = planted(torch.eye(3), [(0,), (1,), (2,)])
+    model.heads["vtc"] = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="needs the vtc objective"):
+        retrieval(model, clips, tokenizer, frames=1, max_bad=0.05)

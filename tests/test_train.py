@@ -1,0 +1,371 @@
+"""The two commands as they are typed: a whole run, stopping and going on, one's own data, and what goes wrong.
+
+Most tests call `main` here, with a patched command line, since starting Python and torch takes seconds; only what kills
+a process has one of its own.
+"""
+
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from smaug import train
+from smaug.evaluate import __main__ as evaluate
+
+SHARED = Path(__file__).resolve().parents[2] / "shared/data"
+# A small model of every default's shape: these runs test the loop, not the learning.
+SMALL = [
+    "--model.video.width=32", "--model.video.depth=1", "--model.video.heads=2", "--model.video.frames=4",
+    "--model.video.tubelet=2", "--model.text.width=32", "--model.text.depth=1", "--model.text.heads=2",
+    "--data.batch=16", "--log-every=1",
+]  # fmt: skip
+SHAPES = [*SMALL, "--data.shapes", "64", "16", "16", "--optim.steps", "12"]
+TIMES = ("device_seconds", "wall_seconds", "clips_per_second")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path, shapes_cache):
+    """call(main, *arguments) -> exit code, output, errors; in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["smaug", *map(str, arguments)])
+        try:
+            code = main()
+        except SystemExit as error:  # the parser's
+            code = error.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return call
+
+
+def rows(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(rows):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def weights(run, step):
+    return (run / f"checkpoints/step-{step}/model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shapes_cache, tmp_path_factory):
+    """A run of 12 steps that nobody disturbed."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["smaug", "mac", "--size", "tiny", *SHAPES, "--run-dir", str(run)])
+        assert train.main() == 0
+    return run
+
+
+def test_a_run_leaves_what_explains_it(undisturbed):
+    config = json.loads((undisturbed / "config.json").read_text())
+    assert config["recipe"]["type"] == "Recipe" and config["recipe"]["optim"]["steps"] == 12
+    assert config["size"] == "tiny" and config["fast"] is False
+    assert config["command"].startswith("python -m smaug.train mac --size tiny --model.video.width=32")
+    assert json.loads((undisturbed / "tokenizer.json").read_text())["model"]["vocab"]["[CLS]"] == 2
+    assert sorted(p.name for p in (undisturbed / "checkpoints/step-12").iterdir()) == [
+        "model.safetensors", "optim.safetensors", "state.json"
+    ]  # fmt: skip
+    assert list((undisturbed / "tensorboard").glob("events.out.tfevents.*"))
+
+    logged = rows(undisturbed)
+    assert [row["step"] for row in logged] == list(range(1, 13))
+    last = logged[-1]
+    assert last["clips"] == 12 * 16
+    assert 0 < last["tokens_computed"] < 0.6 * last["tokens_dense"]
+    assert all(row["loss"] == row["vtc"] > 0 and row["lr"] > 0 for row in logged)
+
+    result = json.loads((undisturbed / "result.json").read_text())
+    assert result["candidates"] == 16 and result["evaluated_on"] == "shapes test" and result["skipped"] == 0
+    for key in ("t2v", "v2t"):
+        assert 0 <= result[f"{key}_r1"] <= result[f"{key}_r5"] <= result[f"{key}_r10"] <= 1
+        assert 1 <= result[f"{key}_medr"] <= 16
+    assert result["tokens_computed"] == last["tokens_computed"] and result["step"] == 12
+    assert 0 < result["device_seconds"] <= result["wall_seconds"]
+    assert {"t2v_r1_shuffled", "t2v_r1_new_combinations", "machine", "recipe"} <= set(result)
+
+
+def test_tensorboard_has_the_losses(undisturbed):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(undisturbed / "tensorboard")).Reload()
+    found = {e.step: e.value for e in events.Scalars("loss")}
+    assert found == pytest.approx({row["step"]: row["loss"] for row in rows(undisturbed)})
+
+
+def test_evaluate_gives_the_numbers_again(undisturbed, call):
+    result = json.loads((undisturbed / "result.json").read_text())
+    code, out, _ = call(evaluate.main, undisturbed, "--json", "again.json")
+    again = json.loads(Path("again.json").read_text())
+    assert code == 0 and "retrieval on shapes test" in out
+    for key in again:
+        assert again[key] == result[key], key
+    assert {"t2v_r1", "v2t_medr", "t2v_r1_shuffled", "frames", "step"} <= set(again)
+
+    _, out, _ = call(evaluate.main, undisturbed, "--shuffle-frames", "--json", "mixed.json")
+    mixed = json.loads(Path("mixed.json").read_text())
+    assert mixed["t2v_r1"] == mixed["t2v_r1_shuffled"] == result["t2v_r1_shuffled"]
+    assert mixed["v2t_r1"] == result["v2t_r1_shuffled"] and "frames shuffled" in out
+    for frames in (1, 2, 8):
+        code, out, _ = call(evaluate.main, undisturbed, "--frames", frames, "--split", "val", "--json", "other.json")
+        assert code == 0 and f"retrieval on shapes val, 16 candidates, {frames} frames" in out
+        assert json.loads(Path("other.json").read_text())["frames"] == frames
+
+
+def test_stopped_by_a_limit_and_gone_on_with(undisturbed, call, tmp_path):
+    run = tmp_path / "run"
+    code, _, _ = call(train.main, "mac", *SHAPES, "--run-dir", run, "--max-steps", 6)
+    assert code == 0 and len(rows(run)) == 6 and json.loads((run / "result.json").read_text())["step"] == 6
+    code, out, _ = call(train.main, "--resume", "--run-dir", run, "--log-every", 1)
+    assert code == 0 and "resuming at step 6" in out
+    assert untimed(rows(run)) == untimed(rows(undisturbed))
+    assert weights(run, 12) == weights(undisturbed, 12)
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-12", "step-6"]
+    scores = [json.loads((r / "result.json").read_text()) for r in (run, undisturbed)]
+    assert untimed(scores[:1]) == untimed(scores[1:])
+
+    # A run that is finished already is only evaluated again.
+    (run / "result.json").unlink()
+    code, out, _ = call(train.main, "--resume", "--run-dir", run, "--log-every", 1)
+    assert code == 0 and (run / "result.json").exists() and untimed(rows(run)) == untimed(rows(undisturbed))
+
+
+def test_killed_at_any_moment_and_gone_on_with(undisturbed, call, tmp_path):
+    """With a checkpoint every 3 steps; and from what a run leaves that is killed before its first."""
+    run, early = tmp_path / "run", tmp_path / "early"
+    command = [sys.executable, "-m", "smaug.train", *SHAPES, "--run-dir", str(run), "--checkpoint-every", "3"]
+    process = subprocess.Popen(
+        command, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    wanted, limit = random.randint(4, 9), time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < wanted:
+        if process.poll() is not None or time.monotonic() > limit:
+            process.kill()
+            pytest.fail(f"the run ended before it could be killed: {process.communicate()[1]}")
+        time.sleep(0.001)
+    time.sleep(random.random() * 0.02)
+    process.kill()
+    process.communicate()
+    with open(run / "metrics.jsonl", "a") as log:  # a row may be cut anywhere
+        log.write('{"step": 11, "lo')
+    shutil.copytree(run, early, ignore=shutil.ignore_patterns("checkpoints"))
+    saved = [int(p.name[5:]) for p in (run / "checkpoints").glob("step-*")]
+    assert saved and all(step % 3 == 0 for step in saved)
+
+    for folder, said in ((run, f"resuming at step {max(saved)}\n"), (early, "resuming at step 0, since there is no")):
+        code, out, _ = call(train.main, "--resume", "--run-dir", folder, "--log-every", 1)
+        assert code == 0 and said in out
+        assert untimed(rows(folder)) == untimed(rows(undisturbed))
+        assert weights(folder, 12) == weights(undisturbed, 12)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop(undisturbed, call, tmp_path, monkeypatch, number):
+    """Ctrl-C finishes the step, saves, and says how to go on."""
+    run, steps, step = tmp_path / "a run", [], train.training_step
+
+    def interrupted(*arguments):
+        steps.append(1)
+        if len(steps) == 4:
+            signal.raise_signal(number)
+        return step(*arguments)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(train, "training_step", interrupted)
+    code, out, _ = call(train.main, *SHAPES, "--run-dir", run)
+    assert code == 0 and len(steps) == 4 and signal.getsignal(number) is before
+    assert "finishing the step and saving" in out
+    assert f"stopped at step 4 and saved; go on with:\n  python -m smaug.train --resume --run-dir '{run}'\n" in out
+    assert not (run / "result.json").exists() and (run / "checkpoints/step-4/state.json").exists()
+
+    code, out, _ = call(train.main, "--resume", "--run-dir", run, "--log-every", 1)
+    assert code == 0 and "resuming at step 4" in out
+    assert untimed(rows(run)) == untimed(rows(undisturbed))
+
+
+def test_a_second_ctrl_c_does_not_wait(call, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(train, "training_step", interrupted)
+    code, _, err = call(train.main, *SHAPES, "--run-dir", tmp_path / "run")
+    assert code == 130 and "stopped at once" in err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_what_may_change_on_resume(undisturbed, call, tmp_path):
+    def refused(*arguments):
+        before = (undisturbed / "metrics.jsonl").read_bytes()
+        code, out, err = call(train.main, *arguments, "--run-dir", undisturbed)
+        assert code == 1 and err.startswith("smaug: ") and err.count("\n") == 1 and not out
+        assert (undisturbed / "metrics.jsonl").read_bytes() == before
+        return err
+
+    assert "holds a run already; add --resume" in refused(*SHAPES)
+    assert re.search(r"differs .*: optim.lr was [^ ]+, is 0.0123", refused("--resume", "--optim.lr", "0.0123"))
+    assert "video_mask.ratio" in refused("--resume", "--video-mask.ratio", "0.1")
+    assert "seed was 0, is 3" in refused("--resume", "--seed", "3")
+    assert "--fast" in refused("--resume", "--fast")
+    assert "size tiny, not of base" in refused("--resume", "--size", "base")
+    assert "objectives.vtc.weight" in refused("mac", "--resume", "--objectives.vtc.weight", "2")
+    assert "optim.steps was 12, is 13" in refused("--resume", "--optim.steps", "13")
+    code, _, err = call(train.main, "--resume", "--run-dir", tmp_path / "nothing")
+    assert code == 1 and "holds no run" in err
+    code, _, err = call(train.main, "--resume")
+    assert code == 1 and "--resume needs --run-dir" in err
+
+
+def test_limits_and_logging_may_change_on_resume(call, tmp_path):
+    run = tmp_path / "run"
+    code, _, _ = call(train.main, *SHAPES, "--run-dir", run, "--max-steps", 2)
+    assert code == 0
+    code, out, _ = call(
+        train.main, "mac", "--size", "tiny", "--resume", "--run-dir", run, "--max-steps", 7, "--log-every", 4,
+        "--checkpoint-every", 5, "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0 and "resuming at step 2" in out
+    assert [row["step"] for row in rows(run)] == [1, 2, 4, 7]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-5", "step-7"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["macc"], r"no recipe 'macc'; did you mean 'mac'\?"),
+        (["--size", "bse"], r"no size 'bse'; did you mean 'base'\?"),
+        (["--size=bse"], r"no size 'bse'"),
+        (["mac", "--data.bach", "3"], r"--data\.batch"),
+        (["mac", "--vidoe-mask.ratio", "3"], r"--video-mask\.ratio"),
+        (["--optim.lr", "fast"], r"--optim\.lr.*'fast'"),
+        (["--video-mask.kind", "tubes"], r"tubes"),
+        (["--data.shapes", "10", "3", "4"], r"even numbers of val and test clips"),
+        (["--data.manifest", "clips.csv"], r"clips\.csv does not exist"),
+        (["--model.video.heads", "5"], r"not a multiple of 5 heads"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_a_sentence(call, arguments, said):
+    code, _, err = call(train.main, *arguments, "--max-steps", "1", "--run-dir", "run")
+    assert code in (1, 2) and re.search(said, err.replace("\n", " "))
+    assert not Path("run/config.json").exists()
+
+
+def test_a_wrong_evaluation_is_told_in_a_sentence(undisturbed, call, tmp_path):
+    for arguments, said in (
+        ([tmp_path / "nothing"], "holds no run"),
+        ([undisturbed, "--frames", "0"], "at least 1"),
+        ([undisturbed, "--frames", "3"], "use a multiple of 2"),
+        ([undisturbed, "--framse", "3"], "--frames"),
+    ):
+        code, _, err = call(evaluate.main, *arguments)
+        assert code in (1, 2) and said in err, err
+
+
+def video(path, level, pictures=6):
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for i in range(pictures):
+            picture = np.full((32, 32, 3), (level * 9 + i * 7) % 256, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        file.mux(stream.encode())
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Twelve videos and ten images in two manifests, and one file that is no video."""
+    for i in range(12):
+        video(tmp_path / f"v{i}.mp4", i)
+    for i in range(10):
+        Image.fromarray(np.full((20, 30, 3), 25 * i, np.uint8)).save(tmp_path / f"i{i}.png")
+    (tmp_path / "bad [x].mp4").write_bytes(b"not a video at all" * 50)
+    clips = ["video,caption", *(f"v{i}.mp4,clip number {i}" for i in range(12))]
+    (tmp_path / "clips.csv").write_text("\n".join(clips))
+    (tmp_path / "stills.csv").write_text("\n".join(["image,caption", *(f"i{i}.png,still {i}" for i in range(10))]))
+    return tmp_path
+
+
+def test_own_videos_and_images(call, own):
+    flags = [*SMALL, "--data.manifest", "clips.csv", "stills.csv", "--data.root", own, "--data.batch", "8"]
+    with open("clips.csv", "a") as f:
+        f.write("\ngone[/y].mp4,a file that is not there\nbad [x].mp4,a file that is no video\n")
+    code, out, err = call(train.main, *flags, "--run-dir", "strict", "--optim.steps", "4")
+    assert code == 1 and err.startswith("smaug: ") and err.count("\n") == 1
+    assert re.search(r"2 of 24 files cannot be used, more than the 5% that --data.max-bad allows", err)
+    assert "gone[/y].mp4: file not found" in err and "bad [x].mp4: " in err
+
+    code, out, err = call(train.main, *flags, "--data.max-bad", "0.1", "--run-dir", "run", "--optim.steps", "6")
+    assert code == 0, err
+    assert "clips.csv + stills.csv, 13 videos and 10 images" in out
+    assert "skipped gone[/y].mp4: file not found\n" in out and "skipped bad [x].mp4: " in out
+    assert "these are training pairs" in out
+    result = json.loads(Path("run/result.json").read_text())
+    assert result["skipped"] == 2 and result["candidates"] == 22
+    assert [s.split(":")[0] for s in result["evaluation_skipped"]] == ["bad [x].mp4"]
+    assert all(np.isfinite(row["loss"]) for row in rows(Path("run")))
+
+    Path("few.csv").write_text("video,caption\nv3.mp4,clip number 3\nv5.mp4,clip number 5\n")
+    code, out, _ = call(
+        train.main, *SMALL, "--data.manifest", "clips.csv", "--data.max-bad", "0.2", "--data.eval-manifest", "few.csv",
+        "--run-dir", "apart", "--optim.steps", "1",
+    )  # fmt: skip
+    assert code == 0 and "batch is 13, since there are no more clips" in out and "training pairs" not in out
+    assert json.loads(Path("apart/result.json").read_text())["candidates"] == 2
+
+
+def test_live_decoding_is_resumed_bit_for_bit(call, own):
+    flags = [*SMALL, "--data.manifest", "clips.csv", "stills.csv", "--data.batch", "8", "--optim.steps", "6"]
+    assert call(train.main, *flags, "--run-dir", "whole")[0] == 0
+    assert call(train.main, *flags, "--run-dir", "parts", "--max-steps", "3")[0] == 0
+    assert call(train.main, "--resume", "--run-dir", "parts", "--log-every", "1")[0] == 0
+    assert untimed(rows(Path("parts"))) == untimed(rows(Path("whole")))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("video,captions\nv1.mp4,a clip\n", r"no column 'caption'; .*perhaps --data.caption-column captions"),
+        ("clip,caption\nv1.mp4,a clip\n", r"no column 'video' or 'image'; .*--data.video-column clip"),
+        ("video,caption\n", r"has no rows"),
+        ("", r"has no rows"),
+        ("video,caption\nnone.mp4,a clip\n", r"1 of 1 files cannot be used.*none.mp4: file not found"),
+        ("video,caption\nbad [x].mp4,a clip\n", r"1 of 1 files cannot be used.*bad \[x\].mp4: "),
+    ],
+)
+def test_a_bad_manifest_is_told_in_a_sentence(call, own, text, said):
+    Path("bad.csv").write_text(text)
+    code, _, err = call(train.main, *SMALL, "--data.manifest", "bad.csv", "--run-dir", "run", "--optim.steps", "2")
+    assert code == 1 and err.startswith("smaug: ") and err.count("\n") == 1
+    assert re.search(said, err)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason=f"the shared real clips are not at {SHARED}")
+def test_real_clips_and_images_are_learned(call):
+    code, _, err = call(
+        train.main, "--fast", "--data.manifest", SHARED / "clips.csv", SHARED / "images.csv", "--data.root", SHARED,
+        "--data.batch", "12", "--data.eval-manifest", SHARED / "images.csv", "--optim.steps", "15", "--log-every", "1",
+        "--run-dir", "run",
+    )  # fmt: skip
+    assert code == 0, err
+    losses = [row["loss"] for row in rows(Path("run"))]
+    # Below what a guess among the batch's 12 would cost, not only below the first.
+    assert len(losses) == 15 and np.mean(losses[-5:]) < min(losses[0], np.log(12)) - 0.1, losses
+    assert json.loads(Path("run/result.json").read_text())["skipped"] == 0
