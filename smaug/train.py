@@ -33,8 +33,8 @@ from smaug.data.loader import Batch, Loader
 from smaug.data.text import train_tokenizer
 from smaug.evaluate.scores import evaluate, print_result
 from smaug.model.model import SIZES, Model
-from smaug.objectives.vtm import Vtm
 from smaug.objectives.mlm import Mlm
+from smaug.objectives.vtm import Vtm
 from smaug.optim import adamw, learning_rate
 from smaug.recipe import Recipe
 from smaug.run import build, open_split, progress, read_config, write
@@ -231,11 +231,15 @@ def count_tokens(recipe: Recipe, batch: Batch) -> tuple[int, int]:
             rows.append(sequences * (1 + kept + fused))
         computed += sum(rows) / len(rows)
         dense += sequences + len(group.samples) * times * video.patches
-    texts = {id(view): view.rows for view in (batch.contrast, batch.masked) if view is not None}
-    if any(isinstance(objective, Vtm) for objective in recipe.objectives.values()):
-        texts[id(batch.words)] = batch.words.rows
-    views = 1 + (batch.masked is not None)
-    return round(computed) + sum(texts.values()), dense + views * batch.words.rows
+    views = [batch.contrast]
+    if (
+        any(isinstance(objective, Vtm) for objective in recipe.objectives.values())
+        and batch.words is not batch.contrast
+    ):
+        views.append(batch.words)
+    if batch.masked is not None:
+        views.append(batch.masked)
+    return round(computed) + sum(view.rows for view in views), dense + len(views) * batch.words.rows
 
 
 def predicted_seconds(model: Model, recipe: Recipe, steps: int, rate: float) -> float:

@@ -33,13 +33,10 @@ def _group_sum(x: Tensor, group: Tensor, groups: int) -> Tensor:
     if x.device.type == "cpu":
         # in order of the index, so the sum is the same on every run; on other devices it would be atomics
         return x.new_zeros((groups + 1, *x.shape[1:])).index_add_(0, group, x)[:groups]
-<<<<<<< HEAD
-=======
     return _segment_sum(x, group, groups)
 
 
 def _segment_sum(x: Tensor, group: Tensor, groups: int) -> Tensor:
->>>>>>> main
     edges = torch.searchsorted(group, torch.arange(groups + 1, device=x.device))
     return torch.segment_reduce(x, "sum", offsets=edges, axis=0, unsafe=True, initial=0)
 
@@ -58,11 +55,7 @@ def _select_uniform(
     length = scores.shape[0] // count
     n, out = length - prefix, prefix + keep + fused
     position = torch.arange(n, device=device)
-<<<<<<< HEAD
-    key = (_rank_key(scores.view(count, length)[:, prefix:]).long() << 32) - position
-=======
     key = (_rank_key(scores.reshape(count, length)[:, prefix:]).long() << 32) + (n - position)
->>>>>>> main
     if keep == n:
         stays = torch.ones_like(key, dtype=torch.bool)
     else:
@@ -182,11 +175,7 @@ def _select(
         minus = [ids.new_full((n,), -1, dtype=torch.int32) for n in sizes]
         none = [ids.new_zeros(n, dtype=torch.int32) for n in (groups + 1, 0)]
         out = values.new_zeros((rows_out, d))
-<<<<<<< HEAD
-        return out, none[0], minus[0], size.new_zeros(rows_out), *minus[1:], overflow, none[1], weight, factor
-=======
         return out, none[0], minus[0], size.new_zeros(rows_out), minus[1], minus[2], overflow, none[1], weight, factor
->>>>>>> main
     if uniform:
         fused = 1 if fuse and dropped_rows else 0
         keep = kept_rows // groups - prefix
@@ -200,11 +189,7 @@ def _select(
             if fuse == "mean":
                 sum_ = share.sum(1, keepdim=True)
                 factor = _inverse(sum_)
-<<<<<<< HEAD
-                share = torch.where(sum_ == 0, 1 / share.shape[1], share * factor)
-=======
                 share = torch.where(sum_ == 0, 1 / share.shape[1], share / sum_)
->>>>>>> main
             x = values.index_select(0, gone).to(acc).view(groups, -1, d)
             out.view(*shape, d)[:, -1] = torch.bmm(share[:, None], x).squeeze(1)
             ids_out.view(shape)[:, -1] = -1
@@ -230,13 +215,8 @@ def _select(
             if fuse == "mean":
                 sum_ = _group_sum(share, group, groups)
                 factor = _inverse(sum_)
-<<<<<<< HEAD
-                scaled = share * _of_group(factor, group)
-                share = torch.where(_of_group(sum_, group) == 0, _of_group(_inverse(count), group), scaled)
-=======
                 whole = _of_group(sum_, group)
                 share = torch.where(whole == 0, _of_group(_inverse(count), group), share / whole)
->>>>>>> main
                 share = share.masked_fill_(behind, 0)
             x = values.index_select(0, gone).to(acc).masked_fill_(behind[:, None], 0)
             lost = torch.where(count > 0, cu_out[1:].long() - 1, rows_out)
@@ -317,30 +297,6 @@ def _select_backward(
         dvalues.masked_fill_((target == rows_out)[:, None], 0)
     if not fuse or not ids_dropped.shape[0]:
         return dvalues, dscores
-<<<<<<< HEAD
-    gone, group, behind = ids_dropped.long(), None, None
-    if not uniform:
-        gone, group, behind = _dropped_of(ids_dropped, cu_seqlens)
-    of_fused = dvalues.index_select(0, gone).to(acc)
-    if behind is None or group is None:
-        dvalues.index_copy_(0, gone, (of_fused * weight[:, None]).to(grad.dtype))
-    else:
-        share = weight.new_ones(total + 1).scatter_(0, gone.masked_fill(behind, total), weight)[:-1]
-        dvalues = torch.where((share == 1)[:, None], dvalues, (dvalues * share[:, None]).to(grad.dtype))
-    if values is not None and scores is not None:
-        dot = (of_fused * values.index_select(0, gone).to(acc)).sum(1)
-        if fuse == "mean":
-            if behind is None or group is None:
-                dot, share = dot.view(groups, -1), weight.view(groups, -1)
-                dot = ((dot - (dot * share).sum(1, keepdim=True)) * factor[:, None]).view(-1)
-            else:
-                mean = _group_sum((dot * weight).masked_fill_(behind, 0), group, groups)
-                dot = (dot - _of_group(mean, group)) * _of_group(factor, group)
-        dot = dot.masked_fill_(~scores.index_select(0, gone).isfinite(), 0)
-        place = gone if behind is None else gone.masked_fill(behind, total)
-        dscores = dot.new_zeros(total + 1).scatter_(0, place, dot)[:-1]
-    return dvalues, dscores
-=======
     if uniform:
         gone, share = ids_dropped.long(), weight.view(groups, -1)
         of_fused = grad.reshape(groups, -1, d)[:, -1:].to(acc)
@@ -364,7 +320,6 @@ def _select_backward(
         dscores = dot.new_zeros(total + 1).scatter_(0, place, dot)[:-1]
     share = weight.new_ones(total + 1).scatter_(0, place, weight)[:-1]
     return dvalues.mul_(share[:, None]), dscores
->>>>>>> main
 
 
 @_select_backward.register_fake
@@ -457,11 +412,7 @@ def select_tokens(
     keep      int k: that many of each sequence (all, where it has fewer). float q, 0 to 1: of n rows without prefix
               k = (n * Q + 65535) >> 16 with Q = round(q * 65536), that is q * n rounded up. keep=1 is one row,
               keep=1.0 all of them.
-<<<<<<< HEAD
-    mass      instead of keep: the fewest whose scores, fp32 and not negative, reach this share of the sequence's sum.
-=======
     mass      instead of keep: the fewest whose fp32 scores, none negative, reach this share of the sum without prefix.
->>>>>>> main
               A fourth result, ``overflow`` () int32, counts the rows that went for want of ``capacity``.
     prefix    the first ``prefix`` rows of each sequence ([CLS], registers) always stay.
     fuse      "mean": the last row of a sequence that lost something is sum_i w_i x_i over its lost rows, w = score /
