@@ -94,4 +94,4 @@ def noise(count: int, *, seed: int, step: int, stream: int, device: torch.device
     other = torch.zeros((), dtype=torch.int64, device=device)
     key = (other + (seed & 0xFFFFFFFF), other + (seed >> 32 & 0xFFFFFFFF))
     word = philox((index, other + (stream | step << 8 & 0xFFFFFFFF), other, other), key)[0]
-    return ((word >> 8).float() + 0.5) * 2.0**-24
+    return ((word >> 9).float() + 0.5) * 2.0**-23  # 23 bits: with 24, a half more would round up to 1

@@ -62,7 +62,7 @@ def retrieval(
     videos, numbers, skipped = _encode_videos(model, clips, frames, max_bad, shuffle, sparse)
     captions = [(i, c) for i, n in enumerate(numbers) for c in clips.samples[n].captions]
     features, words = _encode_texts(model, tokenizer, [c for _, c in captions])
-    dual = heads.embed_text(features) @ heads.embed_video(videos.features).T
+    dual = heads.scores(features, videos.features)
 
     video_of_text = torch.tensor([i for i, _ in captions])
     ranks = dict(zip(("t2v", "v2t"), retrieval_ranks(dual.cpu(), video_of_text), strict=True))
@@ -142,7 +142,7 @@ def _match(
     if chosen.dtype is torch.bool:
         text_ids, video_ids = chosen.nonzero(as_tuple=True)
     else:
-        text_ids, video_ids = torch.arange(len(chosen)).repeat_interleave(chosen.shape[1]), chosen.flatten()
+        text_ids, video_ids = torch.arange(chosen.numel(), device=chosen.device) // chosen.shape[1], chosen.flatten()
     scores = torch.full((len(features), len(videos.features)), float("-inf"))
     bounds = words.cu_seqlens.tolist()
     for start in range(0, len(text_ids), PAIRS):

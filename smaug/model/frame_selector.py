@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,6 +30,8 @@ class FrameSelector(nn.Module):
 
     def __init__(self, video_width: int, text_width: int, config: FrameSelectorConfig) -> None:
         super().__init__()
+        if config.keep == 1 and config.score == "learned":
+            raise ValueError("a frame selector that keeps one frame cannot learn: softmax cancels a gate on all keys; keep 2")
         self.config = config
         self.frame = nn.Linear(video_width, config.width)
         self.text = nn.Linear(text_width, config.width)
@@ -50,7 +51,8 @@ class FrameSelector(nn.Module):
             return kv_ids, None
         own = F.normalize(self.frame(frames).float(), dim=-1)[kv_ids.clamp(min=0).long()]  # (P, M, width)
         meets = F.normalize(self.text(text).float(), dim=-1)
-        scores = torch.einsum("pmd,pd->pm", own, meets) * 8.0  # a scale at which softmax can prefer
+        # Not einsum, which autocast would run in bf16. 8: a scale at which softmax can prefer.
+        scores = (own * meets[:, None]).sum(-1) * 8.0
         scores = scores.masked_fill(kv_ids < 0, float("-inf"))
         ranked = scores
         if self.config.score == "random":

@@ -68,7 +68,8 @@ class VideoEncoderConfig:
     def times(self, frames: int) -> int:
         """Moments of a clip; an image is one. Raises ValueError for frames that do not fill their tubelets."""
         if frames != 1 and frames % self.tubelet:
-            raise ValueError(f"{frames} frames do not fill tubelets of {self.tubelet}; use a multiple of that")
+            tubelet = self.tubelet
+            raise ValueError(f"{frames} frames do not fill tubelets of {tubelet}; use a multiple of {tubelet}")
         return max(1, frames // self.tubelet)
 
     def sequences(self, frames: int) -> int:
@@ -159,37 +160,41 @@ class VideoEncoder(nn.Module):
         fused = 0
         for number, block in enumerate(self.blocks):
             assert isinstance(block, Block)
-            if number not in self.config.prune.blocks:
+            leave = self._leave(tokens, rate, fused) if number in self.config.prune.blocks else 0
+            if not leave:
                 tokens = block(tokens)
                 continue
             tokens, scores = block.attend(tokens, score=True)
             assert scores is not None
             if self.config.prune.score == "random":
                 scores = noise(tokens.rows, seed=seed, step=step, stream=PRUNE_STREAM, device=scores.device)
-            tokens, gone, fused = self._prune(tokens, scores, rate, fused)
-            left += gone
+            tokens, gone, fused = self._prune(tokens, scores, leave, fused)
+            left.append(gone)
             tokens = block.mlp(tokens)
         return self._summarise(groups, tokens, left, fused)
 
+    def _leave(self, tokens: PackedTokens, rate: float, fused: int) -> int:
+        """How many patches of each sequence leave at a pruning block."""
+        if not isinstance(tokens.lengths, int):
+            raise ValueError("pruning needs sequences of one length: use attend='frame', or batches without images")
+        patches = tokens.lengths - 1 - fused
+        return max(0, patches - self.config.prune.count(patches, rate))
+
     def _prune(
-        self, tokens: PackedTokens, scores: Tensor, rate: float, fused: int
-    ) -> tuple[PackedTokens, list[tuple[Tensor, Tensor]], int]:
+        self, tokens: PackedTokens, scores: Tensor, leave: int, fused: int
+    ) -> tuple[PackedTokens, tuple[Tensor, Tensor], int]:
         """Drops the patches with the lowest scores. Earlier fused tokens stay, so that every count is known here."""
         length = tokens.lengths
-        if not isinstance(length, int):
-            raise ValueError("pruning needs sequences of one length: use attend='frame', or batches without images")
-        patches = length - 1 - fused
-        keep = self.config.prune.count(patches, rate)
-        if keep >= patches:
-            return tokens, [], fused
+        assert isinstance(length, int)
+        keep = length - 1 - fused - leave
         fuse = None if self.config.prune.fuse == "none" else self.config.prune.fuse
         if fused:
             scores = torch.cat([scores.view(-1, length)[:, :-fused], scores.new_full((1, fused), float("inf")).expand(
                 tokens.num_sequences, -1)], dim=1).flatten()  # fmt: skip
         kept, _, dropped = ops.select_tokens(tokens, scores, keep=keep + fused, prefix=1, fuse=fuse, impl=self.impl)
-        rows = dropped.view(tokens.num_sequences, patches - keep)
+        rows = dropped.view(tokens.num_sequences, leave)
         gone = (tokens.values[rows.long()], tokens.ids[rows.long()])
-        return kept, [gone], fused + (fuse is not None)
+        return kept, gone, fused + (fuse is not None)
 
     def _summarise(
         self,

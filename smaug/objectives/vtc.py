@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -35,7 +36,11 @@ class VtcHeads(nn.Module):
     def scores(self, text: Tensor, video: Tensor) -> Tensor:
         """(texts, D) and (videos, D) features -> (texts, videos) fp32 logits."""
         temperature = self.log_temperature.exp().clamp(0.001, 0.5)
-        return self.embed_text(text) @ self.embed_video(video).T / temperature
+        texts, videos = self.embed_text(text), self.embed_video(video)
+        kind = texts.device.type  # meta has no autocast
+        # In the bf16 of autocast, scores of different pairs would often be equal.
+        with torch.autocast(kind, enabled=False) if kind != "meta" else contextlib.nullcontext():
+            return texts @ videos.T / temperature
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from smaug.recipe import Recipe
 
 def recipe(size: str = "tiny") -> Recipe:
     model = SIZES[size]
-    video = replace(model.video, attend="frame", frames=4 * model.video.tubelet, temporal_layers=1)
+    moments = 3 if size == "tiny" else 4
+    video = replace(model.video, attend="frame", frames=moments * model.video.tubelet, temporal_layers=1)
     fusion = FusionConfig(depth=1 if size == "tiny" else 3, heads=model.text.heads)
     return Recipe(
         name="dense",

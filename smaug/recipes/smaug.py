@@ -5,7 +5,7 @@ Lin et al., ICCV 2023, arXiv 2211.11446.
 Published: a masked autoencoder on both modalities; patches pruned inside the image encoder, frame by frame; a
 text-guided frame selector on visual and textual features; pixels of masked patches as the target; at least 1.9x less
 pre-training cost, about 50 A6000 GPU-hours. Everything else here is ours, since the ratios, blocks, rates and the
-selector's form are not in public text: see docs/method.md for the sweep that chose them.
+selector's form are not in public text. No sweep has chosen them yet.
 
     python -m smaug.train smaug --fast
 """
@@ -31,7 +31,7 @@ def recipe(size: str = "tiny") -> Recipe:
     video = replace(
         model.video,
         attend="frame",
-        frames=4 * model.video.tubelet,
+        frames=(3 if size == "tiny" else 4) * model.video.tubelet,
         temporal_layers=1,
         prune=PruneConfig(blocks=(1,) if size == "tiny" else (3, 6, 9)),
     )
