@@ -50,6 +50,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{folder} holds no run: there is no {path}")
     config: dict[str, Any] = json.loads(path.read_text())
+    missing = [key for key in ("recipe", "fast", "size") if key not in config]
+    if missing:
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}; it was not written by this version of smaug, or is damaged"
+        )
     return config
 
 

@@ -65,6 +65,10 @@ SHARE_NEW = 0.2
 TEXTURES = 64
 
 
+class DamagedError(RuntimeError):
+    """A file of the built set is not what was written; the sentence says which, and what to do."""
+
+
 @dataclass(frozen=True)
 class Scene:
     """One clip. Positions are centres in canvas pixels at frame 0, (y, x); diameters are in pixels."""
@@ -302,7 +306,7 @@ def decoded(folder: Path, split: str, size: int, report: Report = lambda what, d
         clip = folder / names[i]
         data = clip.read_bytes() if clip.exists() else b""
         if zlib.crc32(data) != checksums[names[i]]:
-            raise RuntimeError(f"{clip} is damaged; delete {folder} and run again to build it anew")
+            raise DamagedError(f"{clip} is damaged; delete {folder} and run again to build it anew")
         read_frames(data, range, size, out=frames[i])
 
     aside, sums_aside = _aside(path), _aside(sums)

@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from smaug.data.shapes import DamagedError
 from smaug.device import describe
 from smaug.evaluate.scores import evaluate, print_result
 from smaug.run import load_run, open_split
@@ -43,7 +44,7 @@ def main() -> int:
         if options.json:
             options.json.write_text(json.dumps(result, indent=2))
         return 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, DamagedError) as error:
         Console(stderr=True).print(f"[red]smaug:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:

@@ -31,7 +31,9 @@ class FrameSelector(nn.Module):
     def __init__(self, video_width: int, text_width: int, config: FrameSelectorConfig) -> None:
         super().__init__()
         if config.keep == 1 and config.score == "learned":
-            raise ValueError("a frame selector that keeps one frame cannot learn: softmax cancels a gate on all keys; keep 2")
+            raise ValueError(
+                "a frame selector that keeps one frame cannot learn: softmax cancels a gate on all keys; keep 2"
+            )
         self.config = config
         self.frame = nn.Linear(video_width, config.width)
         self.text = nn.Linear(text_width, config.width)

@@ -366,8 +366,8 @@ def test_no_host_read_inside_either():
         for keep, ratio, mass in ((2, -1, -1.0), (-1, 32768, -1.0), (-1, -1, 0.5)):
             if uniform and keep < 0:
                 continue
-            sizes = [16, 12, 8] if mass < 0 else [16, 20, 20]  # by mass, any number may stay
-            rest = (tokens.cu_seqlens, tokens.ids, tokens.size, 1, keep, ratio, mass, "mean", uniform, sizes)
+            rows = [16, 12, 8] if mass < 0 else [20, 20, 20]  # of the result, kept, dropped; by mass any number may go
+            rest = (tokens.cu_seqlens, tokens.ids, tokens.size, 1, keep, ratio, mass, "mean", uniform, rows)
             with HostReads() as reads:
                 out = module._select._init_fn(tokens.values, scores, *rest)
                 module._select_backward._init_fn(
