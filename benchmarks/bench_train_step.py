@@ -16,6 +16,7 @@ from torch import nn
 from smaug.data.loader import Batch, VisualGroup
 from smaug.data.text import pack
 from smaug.masks import VideoMask
+from smaug.model.video_encoder import EncodedVideo
 from smaug.objectives.seen import Seen
 from smaug.optim import adamw
 from smaug.recipe import load
@@ -34,9 +35,11 @@ def batch_of(recipe, device):
     )
     lengths = torch.randint(6, 14, (B,), generator=generator).tolist()
     captions = [torch.randint(5, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+    words = pack(captions, 2)
     return Batch(
-        (VisualGroup(clips, torch.arange(B)),), pack(captions, 2), torch.arange(B), torch.arange(B), epoch=0,
-        names=("",) * B, dense_words=B + sum(lengths),
+        (VisualGroup(clips, torch.arange(B)),), words=words, contrast=words, masked=None,
+        masked_rows=torch.arange(0), masked_labels=torch.arange(0), video_keys=torch.arange(B),
+        caption_keys=torch.arange(B), epoch=0, step=0, names=("",) * B,
     ).to(device)  # fmt: skip
 
 
@@ -62,7 +65,7 @@ class Plain(nn.Module):
             )
             for c in (video, text)
         )  # fmt: skip
-        self.heads = nn.ModuleDict({name: o.heads(recipe.model) for name, o in recipe.objectives.items()})
+        self.heads = nn.ModuleDict({name: o.heads(recipe.model, VOCABULARY) for name, o in recipe.objectives.items()})
 
     def forward(self, batch):
         (group,) = batch.groups
@@ -77,7 +80,8 @@ class Plain(nn.Module):
         numbers, mask = batch.words.to_padded()
         places, _ = batch.words.with_values(batch.words.ids).to_padded()
         y = self.text(self.word(numbers) + self.position[places.long()], src_key_padding_mask=~mask)
-        seen = Seen(x[:, 0], None, y[:, 0], None, positives(batch))
+        video = EncodedVideo(x[:, 0], *[None] * 5)  # the contrast asks for no more
+        seen = Seen(video, y[:, 0], positives(batch), [], None, None, 0, 0)
         return sum(o.weight * o(self.heads[name], seen) for name, o in self.recipe.objectives.items())
 
 

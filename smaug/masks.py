@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from smaug import ops
-from smaug.ops.random_mask import keep_count
+from smaug.ops.random_mask import keep_count, philox
 
-VIDEO_STREAM, TEXT_STREAM = 0, 1  # so that the two never share a random number
+# So that no two draws ever share a random number.
+VIDEO_STREAM, TEXT_STREAM, DECODER_STREAM, PAIR_STREAM, MLM_STREAM, PRUNE_STREAM, FRAME_STREAM = range(7)
+MOMENTS = 4096  # a moment of a clip is numbered sample * MOMENTS + moment where each draws for itself
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,12 @@ class VideoMask:
     """Which patches the video encoder never sees, during training."""
 
     ratio: float = 0.6  # share of all patches that is removed, 0..1
-    kind: Literal["random", "tube", "block", "frame"] = "random"
+    # "even" is random with the same number of patches at each moment, which attend="frame" asks for.
+    kind: Literal["random", "even", "tube", "block", "frame"] = "random"
 
     def keep(self, times: int, patches: int) -> int:
-        """Tokens kept of a clip of `times` moments: with "tube" the same places at each, with "frame" whole ones."""
-        if self.kind == "tube":
+        """Tokens kept of a clip of `times` moments: "tube" and "even" the same number at each, "frame" whole ones."""
+        if self.kind in ("tube", "even"):
             return times * keep_count(patches, self.ratio)
         if self.kind == "frame":
             return patches * keep_count(times, self.ratio)
@@ -39,6 +42,20 @@ class VideoMask:
         """ids_keep (B, K) and ids_removed (B, all - K), int32 ascending, for samples (B,) int64."""
         times, rows, columns = grid
         keep = self.keep(times, rows * columns)
+        if self.kind == "even":
+            moment = torch.arange(times, device=samples.device)
+            each = ops.random_mask(
+                (samples[:, None] * MOMENTS + moment).flatten(),
+                (1, rows * columns),
+                keep // times,
+                seed=seed,
+                draw=epoch,
+                stream=VIDEO_STREAM,
+                impl=impl,
+            )
+            first = (moment * rows * columns).to(torch.int32)[:, None]
+            kept, removed = ((ids.view(len(samples), times, -1) + first).flatten(1) for ids in each)
+            return kept, removed
         return ops.random_mask(
             samples, grid, keep, kind=self.kind, seed=seed, draw=epoch, stream=VIDEO_STREAM, impl=impl
         )
@@ -51,7 +68,9 @@ class TextMask:
     ratio: float = 0.15  # of a caption's words; round(ratio * words) of them
     kind: Literal["drop", "mask"] = "drop"  # left out of the sequence, or replaced by [MASK]
 
-    def draw(self, lengths: Sequence[int], samples: Sequence[int], *, seed: int, epoch: int) -> list[Tensor]:
+    def draw(
+        self, lengths: Sequence[int], samples: Sequence[int], *, seed: int, epoch: int, stream: int = TEXT_STREAM
+    ) -> list[Tensor]:
         """For each caption, of `lengths[i]` words, the ascending positions (0-based, int32) of the words that stay."""
         kept: list[Tensor] = [torch.empty(0, dtype=torch.int32)] * len(lengths)
         for words in set(lengths):  # captions of one length share a call
@@ -63,7 +82,16 @@ class TextMask:
                 which = torch.tensor([samples[i] for i in rows], dtype=torch.int64)
                 # At least one word stays: a caption of nothing says nothing.
                 keep = max(1, words - masked)
-                ids, _ = ops.random_mask(which, (1, words), keep, seed=seed, draw=epoch, stream=TEXT_STREAM)
+                ids, _ = ops.random_mask(which, (1, words), keep, seed=seed, draw=epoch, stream=stream)
             for row, i in zip(ids, rows, strict=True):
                 kept[i] = row
         return kept
+
+
+def noise(count: int, *, seed: int, step: int, stream: int, device: torch.device) -> Tensor:
+    """(count,) fp32, uniform in (0, 1): the same for a step on every device, without torch's own generators."""
+    index = torch.arange(count, device=device)
+    other = torch.zeros((), dtype=torch.int64, device=device)
+    key = (other + (seed & 0xFFFFFFFF), other + (seed >> 32 & 0xFFFFFFFF))
+    word = philox((index, other + (stream | step << 8 & 0xFFFFFFFF), other, other), key)[0]
+    return ((word >> 9).float() + 0.5) * 2.0**-23  # 23 bits: with 24, a half more would round up to 1

@@ -16,7 +16,10 @@ from typing import Any
 from smaug.data.loader import DataConfig
 from smaug.masks import TextMask, VideoMask
 from smaug.model.model import SIZES, ModelConfig
+from smaug.objectives.mlm import Mlm
+from smaug.objectives.mvm import Mvm
 from smaug.objectives.vtc import Vtc
+from smaug.objectives.vtm import Vtm
 from smaug.optim import OptimConfig
 
 
@@ -26,9 +29,14 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     video_mask: VideoMask = field(default_factory=VideoMask)
     text_mask: TextMask = field(default_factory=TextMask)
-    objectives: dict[str, Vtc] = field(default_factory=dict)  # by the name under which they are logged
+    unmask_last: float = 0.0  # share of the steps, at the end, in which no patch is masked
+    objectives: dict[str, Vtc | Vtm | Mlm | Mvm] = field(
+        default_factory=dict
+    )  # by the name under which they are logged
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    eval_frames: int = 0  # of a clip at evaluation; 0: as many as in training
+    eval_top: int = 16  # candidates of the dual encoder that the match head ranks again
     seed: int = 0
 
 

@@ -16,6 +16,8 @@ from smaug import checkpoint, recipe
 from smaug.data.clips import Clips, open_manifest, open_shapes
 from smaug.device import Way, choose
 from smaug.model.model import Model
+from smaug.objectives.mlm import Mlm
+from smaug.objectives.vtm import Vtm
 from smaug.recipe import Recipe
 
 
@@ -57,7 +59,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def build(recipe: Recipe, vocabulary: int, impl: str) -> Model:
-    heads = {name: objective.heads(recipe.model) for name, objective in recipe.objectives.items()}
+    pairs = any(isinstance(objective, Vtm | Mlm) for objective in recipe.objectives.values())
+    if pairs != (recipe.model.fusion.depth > 0):
+        raise ValueError("vtm and mlm need --model.fusion.depth of at least 1, and a fusion encoder needs one of them")
+    heads = {name: objective.heads(recipe.model, vocabulary) for name, objective in recipe.objectives.items()}
     return Model(recipe.model, vocabulary, heads, impl)
 
 

@@ -1,36 +1,86 @@
-"""One training step, for every recipe: mask, encode, sum the objectives."""
+"""One training step, for every recipe: mask, encode, pair, sum the objectives."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from smaug.data.loader import Batch
+from smaug.masks import PAIR_STREAM, VideoMask, noise
 from smaug.model.model import Model
-from smaug.objectives.seen import Seen
+from smaug.model.video_encoder import EncodedVideo
+from smaug.objectives.mlm import Mlm
+from smaug.objectives.seen import Masked, Pairs, Removed, Seen
+from smaug.objectives.vtc import VtcHeads
+from smaug.objectives.vtm import Vtm
 from smaug.recipe import Recipe
+from smaug.tokens import PackedTokens, cat_tokens
 
 
 def training_step(model: Model, recipe: Recipe, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """-> the loss, a scalar, and its unweighted parts by objective. Nothing here reads the device on the host."""
-    visible = []
+    mask = video_mask(recipe, batch.step)
+    visible, removed = [], []
     for group in batch.groups:
-        ids_keep, _ = recipe.video_mask.draw(
-            group.samples,
-            model.video.config.grid(group.video.shape[1]),
-            seed=recipe.seed,
-            epoch=batch.epoch,
-            impl=model.impl,
-        )
+        grid = model.video.config.grid(group.video.shape[1])
+        ids_keep, ids_removed = mask.draw(group.samples, grid, seed=recipe.seed, epoch=batch.epoch, impl=model.impl)
         visible.append((group.video, ids_keep))
+        removed.append(
+            Removed(group.video, group.samples, ids_removed, model.video.config.sequences(group.video.shape[1]))
+        )
+    video = model.video(visible, keep_rate=keep_rate(recipe, batch.step), seed=recipe.seed, step=batch.step)
 
-    video, video_tokens = model.video(visible)
-    text, words = model.text(batch.words)
-    seen = Seen(video, video_tokens, text, words, positives(batch))
+    needs = [type(objective) for objective in recipe.objectives.values()]
+    views = {"contrast": batch.contrast}
+    if Vtm in needs:
+        views["whole"] = batch.words
+    if Mlm in needs and batch.masked is not None:
+        views["masked"] = batch.masked
+    features, words = encode_texts(model, views)
+
+    same = positives(batch)
+    pairs = masked = None
+    if model.fusion is not None:
+        pairs, masked = fuse(model, recipe, batch, video, features, words, same)
+    seen = Seen(video, features["contrast"], same, removed, pairs, masked, recipe.seed, batch.epoch)
 
     parts = {name: objective(model.heads[name], seen) for name, objective in recipe.objectives.items()}
     loss = torch.stack([recipe.objectives[name].weight * part for name, part in parts.items()]).sum()
     return loss, parts
+
+
+def video_mask(recipe: Recipe, step: int) -> VideoMask:
+    """The mask of a step: the recipe's, and none in the last `unmask_last` of all steps."""
+    if step >= (1 - recipe.unmask_last) * recipe.optim.steps:
+        return VideoMask(0.0, recipe.video_mask.kind)
+    return recipe.video_mask
+
+
+def keep_rate(recipe: Recipe, step: int) -> float:
+    """How many patches stay at a pruning block: falls from 1 to the recipe's rate by a cosine; EViT, section 4.1."""
+    prune = recipe.model.video.prune
+    done = min(1.0, step / max(1.0, prune.warmup * recipe.optim.steps))
+    return prune.keep + (1 - prune.keep) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def encode_texts(model: Model, views: dict[str, PackedTokens]) -> tuple[dict[str, Tensor], dict[str, PackedTokens]]:
+    """Every view of the captions in one packed call, each distinct one once -> features (B, D) and words by view."""
+    distinct = list({id(view): view for view in views.values()}.values())
+    features, words = model.text(cat_tokens(distinct))
+    by_view = {}
+    for view, some, rows in zip(
+        distinct,
+        features.split([v.num_sequences for v in distinct]),
+        words.values.split([v.rows for v in distinct]),
+        strict=True,
+    ):
+        by_view[id(view)] = (some, view.with_values(rows))
+    return (
+        {name: by_view[id(view)][0] for name, view in views.items()},
+        {name: by_view[id(view)][1] for name, view in views.items()},
+    )
 
 
 def positives(batch: Batch) -> Tensor:
@@ -38,3 +88,72 @@ def positives(batch: Batch) -> Tensor:
     same_video = batch.video_keys[:, None] == batch.video_keys
     same_caption = batch.caption_keys[:, None] == batch.caption_keys
     return same_video | same_caption
+
+
+def fuse(
+    model: Model,
+    recipe: Recipe,
+    batch: Batch,
+    video: EncodedVideo,
+    features: dict[str, Tensor],
+    words: dict[str, PackedTokens],
+    same: Tensor,
+) -> tuple[Pairs | None, Masked | None]:
+    """Positives, hard negatives and masked captions in one call of the fusion encoder."""
+    assert model.fusion is not None
+    texts: list[PackedTokens] = []
+    summaries: list[Tensor] = []
+    videos: list[Tensor] = []
+    valid: list[Tensor] = []
+    own = torch.arange(len(same), device=same.device)
+    for objective in recipe.objectives.values():
+        if isinstance(objective, Vtm):
+            scores = contrast_scores(model, features["contrast"], video.features)
+            negatives, found = hard_negatives(scores, same, objective.negatives, recipe.seed, batch.step)
+            copies = 1 + negatives.shape[1]
+            texts += [words["whole"]] * copies
+            summaries += [features["whole"]] * copies
+            videos += [own, *negatives.unbind(1)]
+            valid += [torch.ones_like(found[:, 0]), *found.unbind(1)]
+    if "masked" in words:
+        texts.append(words["masked"])
+        summaries.append(features["masked"])
+        videos.append(own)
+
+    kv_ids = video.frame_ids.index_select(0, torch.cat(videos))
+    gate = None
+    if model.selector is not None:
+        kv_ids, gate = model.selector(video.summaries, torch.cat(summaries), kv_ids, seed=recipe.seed, step=batch.step)
+    fused = model.fusion(cat_tokens(texts), video.frames, kv_ids, gate)
+
+    pairs = masked = None
+    count = sum(t.num_sequences for t in texts) - (len(own) if "masked" in words else 0)
+    if count:
+        labels = (torch.arange(count, device=own.device) < len(own)).long()
+        pairs = Pairs(fused.values.index_select(0, fused.first_rows()[:count]), labels, torch.cat(valid))
+    if "masked" in words:
+        view = words["masked"]
+        rows = fused.values[fused.rows - view.rows :]
+        masked = Masked(view.with_values(rows), batch.masked_rows, batch.masked_labels)
+    return pairs, masked
+
+
+@torch.no_grad()
+def contrast_scores(model: Model, text: Tensor, video: Tensor) -> Tensor:
+    """(texts, videos) logits of the contrast; where there is none, all alike."""
+    for head in model.heads.values():
+        if isinstance(head, VtcHeads):
+            return head.scores(text, video)
+    return text.new_zeros(len(text), len(video), dtype=torch.float32)
+
+
+def hard_negatives(scores: Tensor, same: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Videos that a text is likely to be confused with, drawn without replacement in proportion to exp(score).
+
+    scores and same (B, B) -> (B, count) int64, and whether each really is a negative, (B, count) bool: where a text has
+    too few of them, positives stand in. Gumbel top-k, Kool et al. 2019, since `multinomial` reads the device.
+    """
+    uniform = noise(same.numel(), seed=seed, step=step, stream=PAIR_STREAM, device=same.device)
+    gumbel = -torch.log(-torch.log(uniform)).view_as(scores)
+    drawn = (scores + gumbel).masked_fill(same, float("-inf")).topk(min(count, len(same)), dim=1)
+    return drawn.indices, drawn.values > float("-inf")

@@ -34,10 +34,12 @@ from smaug.data.shapes import DamagedError
 from smaug.data.text import train_tokenizer
 from smaug.evaluate.scores import evaluate, print_result
 from smaug.model.model import SIZES, Model
+from smaug.objectives.mlm import Mlm
+from smaug.objectives.vtm import Vtm
 from smaug.optim import adamw, learning_rate
 from smaug.recipe import Recipe
 from smaug.run import build, open_split, progress, read_config, write
-from smaug.step import training_step
+from smaug.step import keep_rate, training_step, video_mask
 
 DEFAULT_RECIPE = "mac"
 
@@ -169,9 +171,10 @@ def run(options: Options, size: str, command: str) -> int:
         at = f"step {totals['step']:.0f}" if state else "step 0, since there is no checkpoint yet"
         console.print(f"resuming at {at}", highlight=False)
 
+    mlm_ratio = next((o.ratio for o in recipe.objectives.values() if isinstance(o, Mlm)), 0.0)
     loader = Loader(
         clips, tokenizer, recipe.data, frames=recipe.model.video.frames, max_words=recipe.model.text.max_words,
-        text_mask=recipe.text_mask, seed=recipe.seed,
+        text_mask=recipe.text_mask, mlm_ratio=mlm_ratio, seed=recipe.seed,
     )  # fmt: skip
     if loader.size < recipe.data.batch:
         console.print(f"batch is {loader.size}, since there are no more clips", highlight=False)
@@ -212,11 +215,32 @@ def _tokenizer(folder: Path, clips: Clips, recipe: Recipe, resume: bool) -> Toke
 
 
 def count_tokens(recipe: Recipe, batch: Batch) -> tuple[int, int]:
-    """Rows that the encoders compute for a batch, and rows that they would if nothing were masked."""
-    video = recipe.model.video
-    clips = [(len(g.samples), video.times(g.video.shape[1])) for g in batch.groups]
-    computed = sum(n * (1 + recipe.video_mask.keep(times, video.patches)) for n, times in clips) + batch.words.rows
-    return computed, sum(n * (1 + times * video.patches) for n, times in clips) + batch.dense_words
+    """Rows that the encoders compute for a batch, and rows if nothing were masked or pruned; a mean over the blocks."""
+    video, mask, rate = recipe.model.video, video_mask(recipe, batch.step), keep_rate(recipe, batch.step)
+    computed, dense = 0.0, 0
+    for group in batch.groups:
+        times = video.times(group.video.shape[1])
+        sequences = len(group.samples) * video.sequences(group.video.shape[1])
+        kept = len(group.samples) * mask.keep(times, video.patches) // sequences
+        rows = []
+        fused = 0
+        for block in range(video.depth):
+            if block in video.prune.blocks:
+                stay = video.prune.count(kept, rate)
+                fused += stay < kept and video.prune.fuse != "none"
+                kept = stay
+            rows.append(sequences * (1 + kept + fused))
+        computed += sum(rows) / len(rows)
+        dense += sequences + len(group.samples) * times * video.patches
+    views = [batch.contrast]
+    if (
+        any(isinstance(objective, Vtm) for objective in recipe.objectives.values())
+        and batch.words is not batch.contrast
+    ):
+        views.append(batch.words)
+    if batch.masked is not None:
+        views.append(batch.masked)
+    return round(computed) + sum(view.rows for view in views), dense + len(views) * batch.words.rows
 
 
 def predicted_seconds(model: Model, recipe: Recipe, steps: int, rate: float) -> float:

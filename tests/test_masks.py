@@ -20,11 +20,14 @@ def draw(mask, samples=SAMPLES, seed=3, epoch=0):
         ("random", 0.6, 57),  # of 144: 57.6
         ("block", 0.6, 57),
         ("tube", 0.6, 4 * 14),  # of 36: 14.4
+        ("even", 0.6, 4 * 14),
         ("frame", 0.6, 36),  # of 4 frames: 1.6
         ("random", 0.0, 144),
         ("tube", 0.0, 144),
+        ("even", 0.0, 144),
         ("random", 0.999, 1),
         ("tube", 0.999, 4),
+        ("even", 0.999, 4),
         ("frame", 0.999, 36),
         ("frame", 0.5, 72),
     ],
@@ -52,7 +55,19 @@ def test_tubes_are_the_same_places_and_frames_are_whole():
     assert (frames == frames[..., :1]).all()
 
 
-@pytest.mark.parametrize("kind", ["random", "tube", "frame", "block"])
+def test_even_is_as_many_at_each_moment_in_other_places():
+    samples = torch.arange(30)
+    kept, removed = draw(VideoMask(0.6, "even"), samples)
+    for ids, count in ((kept, 14), (removed, 22)):
+        moments = (ids // 36).view(30, 4, count)
+        assert (moments == torch.arange(4)[:, None]).all()
+    places = (kept % 36).view(30 * 4, 14)
+    assert len({tuple(row) for row in places.tolist()}) == 120  # no two moments of any clip alike
+    hits = places.flatten().bincount(minlength=36)
+    assert hits.min() > 25 and hits.max() < 70  # 46.7 expected of each place
+
+
+@pytest.mark.parametrize("kind", ["random", "even", "tube", "frame", "block"])
 def test_a_video_s_mask_is_its_own(kind):
     mask = VideoMask(0.5, kind)
     many = torch.arange(40)
@@ -95,6 +110,27 @@ def test_a_caption_s_mask_is_its_own():
     assert text(lengths, samples, epoch=1) != whole != text(lengths, samples, seed=4)
     assert len({tuple(k) for k in text([30] * 20)}) == 20
     assert text([], []) == []
+
+
+def test_noise_is_uniform_and_repeats():
+    def of(seed=3, step=7, stream=masks.PAIR_STREAM, count=20_000):
+        return masks.noise(count, seed=seed, step=step, stream=stream, device=torch.device("cpu"))
+
+    x = of()
+    assert x.dtype == torch.float32 and x.min() > 0 and x.max() < 1
+    assert abs(x.mean() - 0.5) < 0.01 and abs(x.var() - 1 / 12) < 0.003
+    assert x.mul(20).long().bincount(minlength=20).sub(1000).abs().max() < 160  # five standard deviations
+    assert torch.equal(of(), x) and torch.equal(of(count=5), x[:5])
+    for other in (of(seed=4), of(seed=3 + 2**32), of(step=8), of(step=7 + 2**20), of(stream=masks.FRAME_STREAM)):
+        assert abs(torch.corrcoef(torch.stack([x, other]))[0, 1]) < 0.04
+
+
+@pytest.mark.parametrize("word", [0, 0xFFFFFFFF, 0xFFFFFF00, 0x80000000])
+def test_noise_never_reaches_its_ends(monkeypatch, word):
+    """Its double logarithm would be infinite there."""
+    monkeypatch.setattr(masks, "philox", lambda counter, key: (torch.full_like(counter[0], word),))
+    x = masks.noise(3, seed=0, step=0, stream=0, device=torch.device("cpu"))
+    assert (x > 0).all() and (x < 1).all() and (-torch.log(-torch.log(x))).isfinite().all()
 
 
 def test_video_and_words_do_not_share_numbers():

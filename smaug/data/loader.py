@@ -8,6 +8,7 @@ import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from smaug.data import text
 from smaug.data.clips import Clips, DataConfig, check_share
 from smaug.data.decode import DecodeError, middle_segments, random_segments
 from smaug.data.manifest import ManifestError, Skip
-from smaug.masks import TextMask
+from smaug.masks import MLM_STREAM, TextMask
 from smaug.tokens import PackedTokens
 
 AHEAD = 2  # batches made ahead of the step
@@ -38,12 +39,16 @@ class Batch:
     """B pairs. Clips stand in the order of the groups; captions, keys and names in the same order."""
 
     groups: tuple[VisualGroup, ...]
-    words: PackedTokens  # values (T,) int64 word numbers, ids (T,) int32 places, see `text.pack`
+    words: PackedTokens  # whole captions: values (T,) int64 word numbers, ids (T,) int32 places, see `text.pack`
+    contrast: PackedTokens  # what the contrast sees of them; the same object where nothing is masked
+    masked: PackedTokens | None  # with [MASK] for the words that mlm asks for
+    masked_rows: Tensor  # (n,) int64, their rows in `masked`
+    masked_labels: Tensor  # (n,) int64, which words they were
     video_keys: Tensor  # (B,) int64, equal for the same clip
     caption_keys: Tensor  # (B,) int64, equal for the same caption
     epoch: int
+    step: int
     names: tuple[str, ...]
-    dense_words: int  # words of the unmasked captions, [CLS] included
 
     def __len__(self) -> int:
         return len(self.names)
@@ -56,6 +61,10 @@ class Batch:
             self,
             groups=tuple(VisualGroup(move(g.video), move(g.samples)) for g in self.groups),
             words=tree_map_only(Tensor, move, self.words),
+            contrast=tree_map_only(Tensor, move, self.contrast),
+            masked=tree_map_only(Tensor, move, self.masked),
+            masked_rows=move(self.masked_rows),
+            masked_labels=move(self.masked_labels),
             video_keys=move(self.video_keys),
             caption_keys=move(self.caption_keys),
         )
@@ -77,6 +86,7 @@ class Loader:
         frames: int,
         max_words: int,
         text_mask: TextMask,
+        mlm_ratio: float = 0.0,
         seed: int,
     ) -> None:
         self.clips, self.config, self.frames, self.text_mask, self.seed = clips, config, frames, text_mask, seed
@@ -84,7 +94,8 @@ class Loader:
         self.batches_per_epoch = len(clips) // self.size
         self.skipped: dict[int, Skip] = {}
         self.cls = text.number(tokenizer, text.CLS)
-        self.mask = text.number(tokenizer, text.MASK) if text_mask.kind == "mask" else None
+        self.mask = text.number(tokenizer, text.MASK)
+        self.mlm_mask = TextMask(mlm_ratio, "mask")
         numbers: dict[str, int] = {}
         # All captions are tokenised once, in one parallel call, before the first step.
         self.captions = [[numbers.setdefault(c, len(numbers)) for c in s.captions] for s in clips.samples]
@@ -111,15 +122,38 @@ class Loader:
 
         captions = [self.captions[n][epoch % len(self.captions[n])] for n in numbers]
         words = [self.words[c] for c in captions]
-        kept = self.text_mask.draw([len(w) for w in words], numbers, seed=self.seed, epoch=epoch)
+        whole = text.pack(words, self.cls)
+        contrast, masked, rows, labels = whole, None, [], []
+        drawn: dict[str, Any] = {
+            "lengths": [len(w) for w in words],
+            "samples": numbers,
+            "seed": self.seed,
+            "epoch": epoch,
+        }
+        if self.text_mask.ratio > 0:
+            mask = self.mask if self.text_mask.kind == "mask" else None
+            contrast = text.pack(words, self.cls, self.text_mask.draw(**drawn), mask)
+        if self.mlm_mask.ratio > 0:
+            kept = self.mlm_mask.draw(**drawn, stream=MLM_STREAM)
+            masked = text.pack(words, self.cls, kept, self.mask)
+            first = 1
+            for w, stay in zip(words, kept, strict=True):
+                gone = sorted(set(range(len(w))) - set(stay.tolist()))
+                rows += [first + place for place in gone]
+                labels += [w[place] for place in gone]
+                first += 1 + len(w)
         return Batch(
             groups=tuple(groups),
-            words=text.pack(words, self.cls, kept, self.mask),
+            words=whole,
+            contrast=contrast,
+            masked=masked,
+            masked_rows=torch.tensor(rows, dtype=torch.int64),
+            masked_labels=torch.tensor(labels, dtype=torch.int64),
             video_keys=torch.tensor(numbers),
             caption_keys=torch.tensor(captions),
             epoch=epoch,
+            step=step,
             names=tuple(self.clips.samples[n].name for n in numbers),
-            dense_words=sum(1 + len(w) for w in words),
         )
 
     def _read(self, order: np.ndarray, place: int, epoch: int) -> tuple[int, np.ndarray]:

@@ -1,9 +1,14 @@
-"""Retrieval with the dual encoder: every caption against every clip. Nothing is masked."""
+"""Retrieval: every caption against every clip. Nothing is masked; pruning and frame selection are as they were trained.
+
+Two stages where the model has a match head: the dual encoder ranks all, the match head ranks the best `top` again
+(Singularity, Lei et al. 2023, and its code: what is not among them ranks behind).
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from tokenizers import Tokenizer
@@ -16,10 +21,13 @@ from smaug.data.loader import middle_frames
 from smaug.data.manifest import Skip
 from smaug.metrics import recalls, retrieval_ranks
 from smaug.model.model import Model
+from smaug.model.video_encoder import EncodedVideo
 from smaug.objectives.vtc import VtcHeads
+from smaug.tokens import PackedTokens, cat_tokens, packed_ragged
 
 CANDIDATES = 500  # at most this many clips, the first of the set
 BATCH = 100  # fixed, so that a score does not depend on the machine's memory
+PAIRS = 1000  # fused at once
 
 
 @dataclass(frozen=True)
@@ -32,17 +40,56 @@ class Retrieval:
 
 @torch.no_grad()
 def retrieval(
-    model: Model, clips: Clips, tokenizer: Tokenizer, *, frames: int, max_bad: float, shuffle: bool = False
+    model: Model,
+    clips: Clips,
+    tokenizer: Tokenizer,
+    *,
+    frames: int,
+    max_bad: float,
+    top: int = 16,
+    shuffle: bool = False,
+    sparse: bool = True,
 ) -> Retrieval:
     """t2v_r1 ... v2t_medr of the first 500 clips, and t2v_r1_{subset} for each subset among all candidates.
 
-    The video side is one vector a clip, from `frames` middle frames, in shuffled order with `shuffle`.
+    With a match head these are the scores after the second stage on the best `top`, and t2v_r1_dual, v2t_r1_dual those
+    before it. Each clip is seen by `frames` middle frames, in a random order with `shuffle`; without `sparse` no patch
+    is pruned and every frame is fused.
     """
     heads = model.heads["vtc"]
     if not isinstance(heads, VtcHeads):
         raise ValueError("retrieval needs the vtc objective; this model was trained without it")
+    videos, numbers, skipped = _encode_videos(model, clips, frames, max_bad, shuffle, sparse)
+    captions = [(i, c) for i, n in enumerate(numbers) for c in clips.samples[n].captions]
+    features, words = _encode_texts(model, tokenizer, [c for _, c in captions])
+    dual = heads.scores(features, videos.features)
+
+    video_of_text = torch.tensor([i for i, _ in captions])
+    ranks = dict(zip(("t2v", "v2t"), retrieval_ranks(dual.cpu(), video_of_text), strict=True))
+    found: dict[str, float] = {}
+    if model.fusion is not None and "vtm" in model.heads:
+        found |= {f"{key}_r1_dual": recalls(r, key)[f"{key}_r1"] for key, r in ranks.items()}
+        chosen = dual.topk(min(top, dual.shape[1]), dim=1).indices
+        scores = _match(model, videos, features, words, chosen, sparse)
+        ranks["t2v"] = retrieval_ranks(scores, video_of_text)[0]
+        chosen = dual.T.topk(min(top, dual.shape[0]), dim=1).indices
+        pairs = torch.zeros_like(dual, dtype=torch.bool).T.scatter(1, chosen, True).T
+        ranks["v2t"] = retrieval_ranks(_match(model, videos, features, words, pairs, sparse), video_of_text)[1]
+
+    found = recalls(ranks["t2v"], "t2v") | recalls(ranks["v2t"], "v2t") | found | {"candidates": float(len(numbers))}
+    for name, member in clips.subsets.items():
+        of_text = torch.from_numpy(member)[torch.tensor(numbers)][video_of_text]
+        if of_text.any():
+            found[f"t2v_r1_{name}"] = recalls(ranks["t2v"][of_text], "t2v")["t2v_r1"]
+    return Retrieval(found, skipped)
+
+
+def _encode_videos(
+    model: Model, clips: Clips, frames: int, max_bad: float, shuffle: bool, sparse: bool
+) -> tuple[EncodedVideo, list[int], list[Skip]]:
+    """All clips as one EncodedVideo, and their numbers in the same order."""
     device = next(model.parameters()).device
-    videos: list[Tensor] = []
+    parts: list[EncodedVideo] = []
     numbers: list[int] = []
     skipped: list[Skip] = []
     total = min(CANDIDATES, len(clips))
@@ -53,25 +100,62 @@ def retrieval(
         for group in groups:
             everything = torch.arange(math.prod(model.video.config.grid(group.video.shape[1])), dtype=torch.int32)
             ids = everything.expand(len(group.video), -1).to(device)
-            videos.append(heads.embed_video(model.video([(group.video.to(device), ids)])[0]))
+            parts.append(model.video([(group.video.to(device), ids)], keep_rate=None if sparse else 1.0))
             numbers += group.samples.tolist()
+    most = max(part.frame_ids.shape[1] for part in parts)
+    frame_ids, first = [], 0
+    for part in parts:
+        ids = torch.nn.functional.pad(part.frame_ids, (0, most - part.frame_ids.shape[1]), value=-1)
+        frame_ids.append(torch.where(ids < 0, -1, ids + first))
+        first += part.frames.num_sequences
+    together = replace(
+        parts[0],
+        features=torch.cat([part.features for part in parts]),
+        frames=cat_tokens([part.frames for part in parts]),
+        summaries=torch.cat([part.summaries for part in parts]),
+        frame_ids=torch.cat(frame_ids),
+    )
+    return together, numbers, skipped
 
-    captions = [(i, c) for i, n in enumerate(numbers) for c in clips.samples[n].captions]
-    words = text.encode(tokenizer, [c for _, c in captions], model.text.config.max_words)
+
+def _encode_texts(model: Model, tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[Tensor, PackedTokens]:
+    device = next(model.parameters()).device
+    words = text.encode(tokenizer, captions, model.text.config.max_words)
     cls = text.number(tokenizer, text.CLS)
-    texts = [
-        heads.embed_text(
-            model.text(tree_map_only(Tensor, lambda t: t.to(device), text.pack(words[i : i + BATCH], cls)))[0]
-        )
-        for i in range(0, len(words), BATCH)
-    ]
+    features, encoded = [], []
+    for start in range(0, len(words), BATCH):
+        packed = tree_map_only(Tensor, lambda t: t.to(device), text.pack(words[start : start + BATCH], cls))
+        some, tokens = model.text(packed)
+        features.append(some)
+        encoded.append(tokens)
+    return torch.cat(features), cat_tokens(encoded)
 
-    scores = (torch.cat(texts) @ torch.cat(videos).T).cpu()
-    video_of_text = torch.tensor([i for i, _ in captions])
-    t2v, v2t = retrieval_ranks(scores, video_of_text)
-    found = recalls(t2v, "t2v") | recalls(v2t, "v2t") | {"candidates": float(len(numbers))}
-    for name, member in clips.subsets.items():
-        of_text = torch.from_numpy(member)[torch.tensor(numbers)][video_of_text]
-        if of_text.any():
-            found[f"t2v_r1_{name}"] = recalls(t2v[of_text], "t2v")["t2v_r1"]
-    return Retrieval(found, skipped)
+
+def _match(
+    model: Model, videos: EncodedVideo, features: Tensor, words: PackedTokens, chosen: Tensor, sparse: bool
+) -> Tensor:
+    """Match scores of chosen pairs, (texts, videos) fp32 on the host; -inf for the others.
+
+    chosen (texts, k) int64 videos of each text, or (texts, videos) bool.
+    """
+    assert model.fusion is not None
+    if chosen.dtype is torch.bool:
+        text_ids, video_ids = chosen.nonzero(as_tuple=True)
+    else:
+        text_ids, video_ids = torch.arange(chosen.numel(), device=chosen.device) // chosen.shape[1], chosen.flatten()
+    scores = torch.full((len(features), len(videos.features)), float("-inf"))
+    bounds = words.cu_seqlens.tolist()
+    for start in range(0, len(text_ids), PAIRS):
+        pair_texts, pair_videos = text_ids[start : start + PAIRS], video_ids[start : start + PAIRS]
+        spans = [torch.arange(bounds[t], bounds[t + 1]) for t in pair_texts.tolist()]
+        lengths = tuple(len(span) for span in spans)
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        rows = words.values.index_select(0, torch.cat(spans).to(words.values.device))
+        texts = packed_ragged(rows, cu_seqlens.to(rows.device), lengths=lengths)
+        kv_ids, gate = videos.frame_ids.index_select(0, pair_videos), None
+        if model.selector is not None and sparse:
+            kv_ids, gate = model.selector(videos.summaries, features.index_select(0, pair_texts), kv_ids)
+        fused = model.fusion(texts, videos.frames, kv_ids, gate)
+        logits = model.heads["vtm"](fused.values.index_select(0, fused.first_rows())).float()
+        scores[pair_texts.cpu(), pair_videos.cpu()] = (logits[:, 1] - logits[:, 0]).cpu()
+    return scores

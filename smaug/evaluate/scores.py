@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from smaug.data.clips import Clips
 from smaug.device import Way
-from smaug.evaluate.retrieval import retrieval
+from smaug.evaluate.retrieval import Retrieval, retrieval
 from smaug.model.model import Model
 from smaug.recipe import Recipe
 
@@ -29,17 +29,24 @@ def evaluate(
 
     With `shuffle` they are in a random order for all scores.
     """
-    frames = frames or recipe.model.video.frames
+    frames = frames or recipe.eval_frames or recipe.model.video.frames
     model.eval()
+
+    def score(**how: bool) -> Retrieval:
+        return retrieval(
+            model, clips, tokenizer, frames=frames, max_bad=recipe.data.max_bad, top=recipe.eval_top, **how
+        )
+
     with way.autocast():
-        mixed = retrieval(model, clips, tokenizer, frames=frames, max_bad=recipe.data.max_bad, shuffle=True)
-        plain = mixed
-        if not shuffle:
-            plain = retrieval(model, clips, tokenizer, frames=frames, max_bad=recipe.data.max_bad)
+        mixed = score(shuffle=True)
+        plain = mixed if shuffle else score()
+        result: dict[str, Any] = {**plain.scores}
+        result |= {f"{key}_shuffled": mixed.scores[key] for key in ("t2v_r1", "v2t_r1")}
+        if recipe.model.video.prune.blocks or recipe.model.selector.keep:
+            result["t2v_r1_dense"] = score(sparse=False, shuffle=shuffle).scores["t2v_r1"]
     model.train()
     return {
-        **plain.scores,
-        **{f"{key}_shuffled": mixed.scores[key] for key in ("t2v_r1", "v2t_r1")},
+        **result,
         "evaluated_on": clips.name + (", frames shuffled" if shuffle else ""),
         "frames": frames,
         "evaluation_skipped": [f"{s.name}: {s.reason}" for s in plain.skipped],
@@ -54,11 +61,15 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     for name, key in (("text to video", "t2v"), ("video to text", "v2t")):
         recalls = [f"{result[f'{key}_r{k}']:.1%}" for k in (1, 5, 10)]
         table.add_row(name, *recalls, f"{result[f'{key}_medr']:g}")
-    table.add_row("text to video, frames shuffled", f"{result['t2v_r1_shuffled']:.1%}", "", "", "")
-    for key in sorted(k for k in result if k.startswith("t2v_r1_") and k != "t2v_r1_shuffled"):
-        table.add_row(
-            f"text to video, {key.removeprefix('t2v_r1_').replace('_', ' ')}", f"{result[key]:.1%}", "", "", ""
-        )
+    notes = {
+        "t2v_r1_dual": "text to video, without the match head",
+        "t2v_r1_dense": "text to video, nothing pruned or left out",
+        "t2v_r1_shuffled": "text to video, frames shuffled",
+        "t2v_r1_new_combinations": "text to video, new combinations",
+    }
+    for key, name in notes.items():
+        if key in result:
+            table.add_row(name, f"{result[key]:.1%}", "", "", "")
     console.print(table)
     if "device_seconds" in result:
         share = result["tokens_computed"] / max(1, result["tokens_dense"])

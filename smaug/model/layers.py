@@ -10,7 +10,7 @@ from smaug.tokens import PackedTokens
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of each sequence to itself. values (T, D) -> (T, D); ViT, Dosovitskiy et al. 2021."""
+    """Multi-head attention of each sequence to itself; ViT, Dosovitskiy et al. 2021."""
 
     def __init__(self, width: int, heads: int, impl: str) -> None:
         super().__init__()
@@ -21,10 +21,16 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, values: Tensor, tokens: PackedTokens) -> Tensor:
-        q, k, v = self.qkv(values).view(len(values), 3, self.heads, -1).unbind(1)
+    def forward(self, tokens: PackedTokens, *, score: bool = False) -> tuple[Tensor, Tensor | None]:
+        """-> (T, D); and with `score` how much attention each row got from its sequence's [CLS], (T,) fp32."""
+        q, k, v = self.qkv(tokens.values).view(tokens.rows, 3, self.heads, -1).unbind(1)
+        if score:
+            o, scores = ops.attention(
+                q, k, v, tokens.cu_seqlens, lengths_q=tokens.lengths, key_scores="cls", impl=self.impl
+            )
+            return self.proj(o.flatten(1)), scores
         o = ops.attention(q, k, v, tokens.cu_seqlens, lengths_q=tokens.lengths, impl=self.impl)
-        return self.proj(o.flatten(1))
+        return self.proj(o.flatten(1)), None
 
 
 class Block(nn.Module):
@@ -39,10 +45,16 @@ class Block(nn.Module):
         self.down = nn.Linear(int(mlp_ratio * width), width)
 
     def forward(self, tokens: PackedTokens) -> PackedTokens:
+        return self.mlp(self.attend(tokens)[0])
+
+    def attend(self, tokens: PackedTokens, *, score: bool = False) -> tuple[PackedTokens, Tensor | None]:
+        """The first half. Pruning, if any, happens between the halves, so that the MLP sees survivors only."""
+        o, scores = self.attention(tokens.with_values(self.norm1(tokens.values)), score=score)
+        return tokens.with_values(tokens.values + o), scores
+
+    def mlp(self, tokens: PackedTokens) -> PackedTokens:
         x = tokens.values
-        x = x + self.attention(self.norm1(x), tokens)
-        x = x + self.down(F.gelu(self.up(self.norm2(x))))
-        return tokens.with_values(x)
+        return tokens.with_values(x + self.down(F.gelu(self.up(self.norm2(x)))))
 
 
 def init_linear(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The model: two encoders, and the heads that the recipe's objectives name."""
+"""The model: two encoders, what joins them, and the heads that the recipe's objectives name."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from smaug.model.frame_selector import FrameSelector, FrameSelectorConfig
+from smaug.model.fusion import Fusion, FusionConfig
 from smaug.model.text_encoder import TextEncoder, TextEncoderConfig
 from smaug.model.video_encoder import VideoEncoder, VideoEncoderConfig
 
@@ -17,6 +19,8 @@ class ModelConfig:
 
     video: VideoEncoderConfig = field(default_factory=VideoEncoderConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    selector: FrameSelectorConfig = field(default_factory=FrameSelectorConfig)
 
 
 SIZES: dict[str, ModelConfig] = {
@@ -48,4 +52,7 @@ class Model(nn.Module):
         self.impl = impl
         self.video = VideoEncoder(config.video, impl)
         self.text = TextEncoder(config.text, vocabulary, impl)
+        width = config.text.width
+        self.fusion = Fusion(width, config.video.width, config.fusion, impl) if config.fusion.depth else None
+        self.selector = FrameSelector(config.video.width, width, config.selector) if config.selector.keep else None
         self.heads = nn.ModuleDict(heads)

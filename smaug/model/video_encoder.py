@@ -1,21 +1,40 @@
-"""The video encoder: a vision transformer that is given visible patches and nothing else.
+"""The video encoder: a vision transformer that is given visible patches and nothing else, and loses more on the way.
 
-Masked patches are not read from the picture, not embedded and not attended to (MAE, He et al. 2022, section 3; MAC, Shu
-et al. 2022, does the same for video and text). Images are videos of one frame.
+Masked patches are not read from the picture, not embedded and not attended to (MAE, He et al. 2022, section 3). At
+chosen blocks the patches that [CLS] attended to least leave the frame, fused into one token (EViT, Liang et al. 2022,
+section 3; SMAUG's Figure 2 b puts this inside the image encoder, frame by frame). Images are videos of one moment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from smaug import ops
+from smaug.masks import PRUNE_STREAM, noise
 from smaug.model.layers import Block, init_linear
 from smaug.model.position import resample_time
-from smaug.tokens import PackedTokens, cat_tokens
+from smaug.tokens import PackedTokens, cat_tokens, packed_uniform
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Spatial sparsification inside the encoder."""
+
+    blocks: tuple[int, ...] = ()  # 0-based; between attention and MLP of these, patches leave
+    keep: float = 0.7  # share of the patches that stays at each of them, once warmed up
+    warmup: float = 0.3  # share of the training steps over which the rate falls from 1 to keep, by a cosine
+    score: Literal["attention", "random"] = "attention"  # "random" is the twin in the benchmark
+    fuse: Literal["mean", "sum", "none"] = "mean"  # what becomes of those that leave: one token, or nothing
+
+    def count(self, patches: int, rate: float) -> int:
+        """How many of a frame's patches stay, rounded up, in integers so that every machine agrees."""
+        return (patches * round(rate * 65536) + 65535) >> 16
 
 
 @dataclass(frozen=True)
@@ -30,6 +49,10 @@ class VideoEncoderConfig:
     patch: int = 8  # pixels, square
     tubelet: int = 4  # frames of a token; with 1 the order of frames is told by the table of times alone
     frames: int = 4  # of a training clip, a multiple of tubelet
+    # A sequence is all of a clip, or one moment of it with a [CLS] of its own, followed by layers over the moments.
+    attend: Literal["clip", "frame"] = "clip"
+    temporal_layers: int = 0
+    prune: PruneConfig = field(default_factory=PruneConfig)
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels on the 0..1 scale
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
 
@@ -45,18 +68,35 @@ class VideoEncoderConfig:
     def times(self, frames: int) -> int:
         """Moments of a clip; an image is one. Raises ValueError for frames that do not fill their tubelets."""
         if frames != 1 and frames % self.tubelet:
-            raise ValueError(
-                f"{frames} frames do not fill tubelets of {self.tubelet}; use a multiple of {self.tubelet}"
-            )
+            tubelet = self.tubelet
+            raise ValueError(f"{frames} frames do not fill tubelets of {tubelet}; use a multiple of {tubelet}")
         return max(1, frames // self.tubelet)
+
+    def sequences(self, frames: int) -> int:
+        """Sequences that a clip of this many frames is run as."""
+        return self.times(frames) if self.attend == "frame" else 1
 
     def grid(self, frames: int) -> tuple[int, int, int]:
         """Of the tokens of a clip: (moments, rows, columns)."""
         return (self.times(frames), self.rows, self.rows)
 
 
+@dataclass(frozen=True)
+class EncodedVideo:
+    """What the encoder makes of B clips, S sequences in all (clips, or moments of clips)."""
+
+    features: Tensor  # (B, D), one vector a clip
+    frames: PackedTokens  # S sequences, normalised: [CLS], the patches that stayed, fused tokens
+    summaries: Tensor  # (S, D), the [CLS] rows of frames
+    frame_ids: Tensor  # (B, M) int32, the sequences of each clip; -1 where a clip has fewer than M
+    # For the decoder: (states (S, n, D), ids (S, n) int32) of the patches that stayed, and of those that left, as they
+    # left. Fused tokens are in neither.
+    stayed: tuple[Tensor, Tensor]
+    left: list[tuple[Tensor, Tensor]]
+
+
 class VideoEncoder(nn.Module):
-    """Space-time transformer over the visible tubes of each clip, with one [CLS] a clip; MAC, section 3.1.
+    """Transformer over the visible tubes of clips or of moments, with a [CLS] each.
 
     Tubes are ViViT's tubelet embedding (Arnab et al. 2021, section 3.2). An image is a video that stands still: its
     token is what a tube of equal frames would give, from the weights summed over time, without repeating the image.
@@ -74,14 +114,17 @@ class VideoEncoder(nn.Module):
         self.time = nn.Parameter(torch.randn(config.times(config.frames), width) * 0.02)
         self.cls = nn.Parameter(torch.randn(1, width) * 0.02)
         self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_ratio, impl) for _ in range(config.depth))
+        self.temporal = nn.ModuleList(
+            Block(width, config.heads, config.mlp_ratio, impl) for _ in range(config.temporal_layers)
+        )
         self.norm = nn.LayerNorm(width)
         init_linear(self)
 
     def embed(self, video: Tensor, ids_keep: Tensor) -> PackedTokens:
-        """Visible tubes of a group of clips with their places, [CLS] first.
+        """Visible tubes of a group of clips with their places, [CLS] first in each sequence.
 
-        video (B, F, H, W, 3) or (B, F, 3, H, W) uint8; ids_keep (B, K) int32 ascending, moment * N + patch.
-        -> PackedTokens of B sequences of 1 + K rows.
+        video (B, F, H, W, 3) or (B, F, 3, H, W) uint8; ids_keep (B, K) int32 ascending, moment * N + patch; with
+        attend="frame" the same number at each moment.
         """
         frames, tubelet, patch = video.shape[1], self.config.tubelet, self.config.patch
         weight = self.patch_embed.weight
@@ -98,17 +141,97 @@ class VideoEncoder(nn.Module):
             std=self.config.std,
             position=(time[:, None] + self.position).flatten(0, 1),
             prefix=self.cls,
-            prefix_per="clip",
+            prefix_per=self.config.attend,
+            uniform=True,
             impl=self.impl,
         )
 
-    def forward(self, groups: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, PackedTokens]:
+    def forward(
+        self, groups: Sequence[tuple[Tensor, Tensor]], *, keep_rate: float | None = None, seed: int = 0, step: int = 0
+    ) -> EncodedVideo:
         """Rectangular groups of (video, ids_keep), e.g. videos and images, run as one packed batch.
 
-        -> clip features (B, D), the normalised [CLS] rows in the order of the groups; and all tokens, normalised.
+        keep_rate is that of this step, by default the configuration's; seed and step choose the patches where the
+        configuration asks for random pruning.
         """
         tokens = cat_tokens([self.embed(video, ids_keep) for video, ids_keep in groups])
-        for block in self.blocks:
-            tokens = block(tokens)
-        tokens = tokens.with_values(self.norm(tokens.values))
-        return tokens.values.index_select(0, tokens.first_rows()), tokens
+        rate = self.config.prune.keep if keep_rate is None else keep_rate
+        left: list[tuple[Tensor, Tensor]] = []
+        fused = 0
+        for number, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            leave = self._leave(tokens, rate, fused) if number in self.config.prune.blocks else 0
+            if not leave:
+                tokens = block(tokens)
+                continue
+            tokens, scores = block.attend(tokens, score=True)
+            assert scores is not None
+            if self.config.prune.score == "random":
+                scores = noise(tokens.rows, seed=seed, step=step, stream=PRUNE_STREAM, device=scores.device)
+            tokens, gone, fused = self._prune(tokens, scores, leave, fused)
+            left.append(gone)
+            tokens = block.mlp(tokens)
+        return self._summarise(groups, tokens, left, fused)
+
+    def _leave(self, tokens: PackedTokens, rate: float, fused: int) -> int:
+        """How many patches of each sequence leave at a pruning block."""
+        if not isinstance(tokens.lengths, int):
+            raise ValueError("pruning needs sequences of one length: use attend='frame', or batches without images")
+        patches = tokens.lengths - 1 - fused
+        return max(0, patches - self.config.prune.count(patches, rate))
+
+    def _prune(
+        self, tokens: PackedTokens, scores: Tensor, leave: int, fused: int
+    ) -> tuple[PackedTokens, tuple[Tensor, Tensor], int]:
+        """Drops the patches with the lowest scores. Earlier fused tokens stay, so that every count is known here."""
+        length = tokens.lengths
+        assert isinstance(length, int)
+        keep = length - 1 - fused - leave
+        fuse = None if self.config.prune.fuse == "none" else self.config.prune.fuse
+        if fused:
+            scores = torch.cat([scores.view(-1, length)[:, :-fused], scores.new_full((1, fused), float("inf")).expand(
+                tokens.num_sequences, -1)], dim=1).flatten()  # fmt: skip
+        kept, _, dropped = ops.select_tokens(tokens, scores, keep=keep + fused, prefix=1, fuse=fuse, impl=self.impl)
+        rows = dropped.view(tokens.num_sequences, leave)
+        gone = (tokens.values[rows.long()], tokens.ids[rows.long()])
+        return kept, gone, fused + (fuse is not None)
+
+    def _summarise(
+        self,
+        groups: Sequence[tuple[Tensor, Tensor]],
+        tokens: PackedTokens,
+        left: list[tuple[Tensor, Tensor]],
+        fused: int,
+    ) -> EncodedVideo:
+        sizes = [(len(v), self.config.sequences(v.shape[1])) for v, _ in groups]
+        rows = tokens.first_rows()
+        values = tokens.values
+        if self.temporal:
+            summaries = values.index_select(0, rows)
+            parts = []
+            for (clips, times), part in zip(sizes, summaries.split([c * t for c, t in sizes]), strict=True):
+                when = resample_time(self.time, times).to(part.dtype)
+                parts.append(packed_uniform((part.view(clips, times, -1) + when).flatten(0, 1), times))
+            moments = cat_tokens(parts)
+            for block in self.temporal:
+                moments = block(moments)
+            values = values.index_copy(0, rows, moments.values)
+        frames = tokens.with_values(self.norm(values))
+        summaries = frames.values.index_select(0, rows)
+
+        features, frame_ids, first = [], [], 0
+        most = max(times for _, times in sizes)
+        for (clips, times), part in zip(sizes, summaries.split([c * t for c, t in sizes]), strict=True):
+            features.append(part.view(clips, times, -1).mean(1))
+            ids = torch.arange(first, first + clips * times, dtype=torch.int32, device=rows.device).view(clips, times)
+            frame_ids.append(F.pad(ids, (0, most - times), value=-1))
+            first += clips * times
+        stayed = self._patches(tokens.values, tokens, fused), self._patches(tokens.ids, tokens, fused)
+        return EncodedVideo(torch.cat(features), frames, summaries, torch.cat(frame_ids), stayed, left)
+
+    @staticmethod
+    def _patches(x: Tensor, tokens: PackedTokens, fused: int) -> Tensor:
+        """Rows of patches, without [CLS] and fused tokens, (S, n, ...); nothing where lengths differ."""
+        if not isinstance(tokens.lengths, int):
+            return x[:0].unflatten(0, (1, 0))
+        return x.unflatten(0, (tokens.num_sequences, tokens.lengths))[:, 1 : tokens.lengths - fused]

@@ -2,19 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from smaug.model.video_encoder import EncodedVideo
 from smaug.tokens import PackedTokens
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The encoders' outputs for B pairs, and which pairs belong together."""
+class Removed:
+    """A group of B clips as it was before masking, and what was taken away."""
 
-    video: Tensor  # (B, D) clip features
-    video_tokens: PackedTokens  # B sequences
-    text: Tensor  # (B, D) caption features
+    video: Tensor  # (B, F, H, W, 3) uint8
+    samples: Tensor  # (B,) int64
+    ids: Tensor  # (B, R) int32 ascending, moment * N + patch
+    sequences: int  # of the encoder a clip; each lost the same number of patches
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Texts fused with videos: B matching pairs, then the negatives."""
+
+    features: Tensor  # (P, D), the fused [CLS] rows
+    labels: Tensor  # (P,) int64, 1 where text and video belong together
+    valid: Tensor  # (P,) bool, False for a negative of a text that has none in this batch
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Captions with masked words, fused with their own videos."""
+
     words: PackedTokens  # B sequences
+    rows: Tensor  # (n,) int64, the rows of the masked words
+    labels: Tensor  # (n,) int64, which words they were
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The encoders' outputs for B pairs, and which pairs belong together. What no objective needs is None."""
+
+    video: EncodedVideo
+    text: Tensor  # (B, D) caption features that the contrast sees
     positives: Tensor  # (B, B) bool, text i belongs to video j: same video or same caption
+    removed: Sequence[Removed]  # one a group
+    pairs: Pairs | None
+    masked: Masked | None
+    seed: int
+    epoch: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -32,6 +33,15 @@ class VtcHeads(nn.Module):
         """(B, D) caption features -> (B, embed_dim) fp32 unit vectors."""
         return F.normalize(self.text(features).float(), dim=-1)
 
+    def scores(self, text: Tensor, video: Tensor) -> Tensor:
+        """(texts, D) and (videos, D) features -> (texts, videos) fp32 logits."""
+        temperature = self.log_temperature.exp().clamp(0.001, 0.5)
+        texts, videos = self.embed_text(text), self.embed_video(video)
+        kind = texts.device.type  # meta has no autocast
+        # In the bf16 of autocast, scores of different pairs would often be equal.
+        with torch.autocast(kind, enabled=False) if kind != "meta" else contextlib.nullcontext():
+            return texts @ videos.T / temperature
+
 
 @dataclass(frozen=True)
 class Vtc:
@@ -45,13 +55,12 @@ class Vtc:
     embed_dim: int = 128
     temperature: float = 0.07  # at the start; learned, clamped to [0.001, 0.5]
 
-    def heads(self, model: ModelConfig) -> VtcHeads:
+    def heads(self, model: ModelConfig, vocabulary: int) -> VtcHeads:
         return VtcHeads(model.video.width, model.text.width, self.embed_dim, self.temperature)
 
     def __call__(self, heads: nn.Module, seen: Seen) -> Tensor:
         assert isinstance(heads, VtcHeads)
-        temperature = heads.log_temperature.exp().clamp(0.001, 0.5)
-        scores = heads.embed_text(seen.text) @ heads.embed_video(seen.video).T / temperature
+        scores = heads.scores(seen.text, seen.video.features)
         target = seen.positives.float()
         rows, columns = target / target.sum(1, keepdim=True), target.T / target.sum(0)[:, None]
         return (F.cross_entropy(scores, rows) + F.cross_entropy(scores.T, columns)) / 2

@@ -452,7 +452,7 @@ def _reference(
         lse[:, mine] = torch.where(seen.squeeze(-1), safe.logsumexp(-1), -torch.inf)
         o[mine] = torch.einsum("hqk,khe->qhe", share, v[rows].to(acc).repeat_interleave(group, 1)).to(q.dtype)
         if key_scores:
-            received = (share[:, 0] if key_scores == "cls" else share.mean(1)).mean(0).detach()
+            received = (share[:, 0] if key_scores == "cls" else share.mean(1)).mean(0).detach().to(acc)
             scores = scores.index_add(0, torch.tensor(rows, device=q.device), received)
             uses = uses.index_add(0, torch.tensor(rows, device=q.device), torch.ones_like(received))
     return o, lse, (scores / uses.clamp(min=1) if key_scores else scores[:0])

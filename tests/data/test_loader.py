@@ -26,10 +26,19 @@ VIDEOS, IMAGES = 9, 4
 FRAMES = 12
 
 
-def loader(clips, batch=4, seed=0, frames=4, mask=TextMask(0.4), **config):  # noqa: B008
+def loader(clips, batch=4, seed=0, frames=4, mask=TextMask(0.4), mlm=0.5, **config):  # noqa: B008
     tokenizer = text.train_tokenizer([c for s in clips.samples for c in s.captions], 300)
     config = DataConfig(batch=batch, **config)
-    return Loader(clips, tokenizer, config, frames=frames, max_words=16, text_mask=mask, seed=seed)
+    return Loader(clips, tokenizer, config, frames=frames, max_words=16, text_mask=mask, mlm_ratio=mlm, seed=seed)
+
+
+def same_words(a, b):
+    return a is b is None or (
+        torch.equal(a.values, b.values)
+        and torch.equal(a.ids, b.ids)
+        and torch.equal(a.cu_seqlens, b.cu_seqlens)
+        and a.lengths == b.lengths
+    )
 
 
 def same(a, b):
@@ -37,12 +46,12 @@ def same(a, b):
         [g.video.shape for g in a.groups] == [g.video.shape for g in b.groups]
         and all(torch.equal(x.video, y.video) for x, y in zip(a.groups, b.groups, strict=True))
         and all(torch.equal(x.samples, y.samples) for x, y in zip(a.groups, b.groups, strict=True))
-        and torch.equal(a.words.values, b.words.values)
-        and torch.equal(a.words.ids, b.words.ids)
-        and torch.equal(a.words.cu_seqlens, b.words.cu_seqlens)
+        and all(same_words(getattr(a, view), getattr(b, view)) for view in ("words", "contrast", "masked"))
+        and torch.equal(a.masked_rows, b.masked_rows)
+        and torch.equal(a.masked_labels, b.masked_labels)
         and torch.equal(a.video_keys, b.video_keys)
         and torch.equal(a.caption_keys, b.caption_keys)
-        and (a.epoch, a.names, a.dense_words) == (b.epoch, b.names, b.dense_words)
+        and (a.epoch, a.step, a.names) == (b.epoch, b.step, b.names)
     )
 
 
@@ -109,7 +118,7 @@ def test_frames_are_from_their_intervals_and_differ_by_visit(mixed):
 
 
 def test_images_and_videos_mix_and_captions_stand_in_their_order(mixed):
-    source = loader(mixed, batch=6, mask=TextMask(0.0))
+    source = loader(mixed, batch=6, mask=TextMask(0.0), mlm=0.0)
     cls = source.cls
     kinds = set()
     for step in range(12):
@@ -129,7 +138,8 @@ def test_images_and_videos_mix_and_captions_stand_in_their_order(mixed):
         for group in batch.groups:
             if group.video.shape[1] == 1:  # an image's gray tells which one it is
                 assert [int(v.float().mean() / 50 + 0.5) for v in group.video] == [n - VIDEOS for n in group.samples]
-        assert batch.dense_words == batch.words.rows == len(batch.words.values)
+        assert batch.contrast is batch.words and batch.masked is None and len(batch.masked_rows) == 0
+        assert batch.words.rows == len(batch.words.values) == sum(1 + len(source.words[c]) for c in batch.caption_keys)
     assert 2 in kinds
 
 
@@ -142,10 +152,33 @@ def test_masked_words_are_dropped_or_replaced(mixed):
     for epoch in range(3):
         a, b = dropped.batch(epoch), masked.batch(epoch)
         whole = [dropped.words[c] for c in a.caption_keys.tolist()]
-        assert a.dense_words == b.dense_words == b.words.rows == sum(1 + len(w) for w in whole)
-        assert a.words.lengths == tuple(1 + len(w) - round(0.5 * len(w)) for w in whole)
-        assert a.words.values.tolist() == b.words.values[b.words.values != masked.mask].tolist()
-        assert a.words.ids.tolist() == b.words.ids[b.words.values != masked.mask].tolist()
+        assert a.words.rows == b.words.rows == b.contrast.rows == sum(1 + len(w) for w in whole)
+        assert a.contrast.lengths == tuple(1 + len(w) - round(0.5 * len(w)) for w in whole)
+        assert a.contrast.values.tolist() == b.contrast.values[b.contrast.values != masked.mask].tolist()
+        assert a.contrast.ids.tolist() == b.contrast.ids[b.contrast.values != masked.mask].tolist()
+
+
+def test_masked_rows_and_labels_point_at_the_masked_words(mixed):
+    source = loader(mixed, batch=13, mask=TextMask(0.0), mlm=0.5)
+    for epoch in range(4):
+        batch = source.batch(epoch)
+        assert batch.contrast is batch.words and batch.masked.lengths == batch.words.lengths
+        rows = batch.masked_rows
+        counts = [round(0.5 * (n - 1)) for n in batch.words.lengths]
+        assert len(rows) == sum(counts) > 0 and (rows.diff() > 0).all()
+        assert batch.masked_labels.tolist() == batch.words.values[rows].tolist()
+        assert (batch.masked.values[rows] == source.mask).all()
+        hidden = torch.zeros(batch.words.rows, dtype=torch.bool).index_fill(0, rows, True)
+        assert torch.equal(batch.masked.values[~hidden], batch.words.values[~hidden])  # the others are as they were
+        assert torch.equal(batch.masked.ids, batch.words.ids)
+        assert [int(part.sum()) for part in hidden.split(list(batch.words.lengths))] == counts
+
+
+def test_mlm_and_the_contrast_hide_different_words(mixed):
+    source = loader(mixed, batch=13, mask=TextMask(0.5, "mask"), mlm=0.5)
+    pairs = [(b.contrast.values == source.mask, b.masked.values == source.mask) for b in map(source.batch, range(6))]
+    one, other = (torch.cat(hidden) for hidden in zip(*pairs, strict=True))
+    assert one.sum() == other.sum() and 0.2 < (one & other).sum() / one.sum() < 0.8
 
 
 def test_the_same_caption_has_the_same_key(tmp_path, folder):
@@ -268,10 +301,13 @@ def test_live_decoding_gives_the_batches_of_the_map(shapes_cache):
 def test_to_moves_everything(mixed):
     batch = loader(mixed, batch=6).batch(0)
     moved = batch.to(torch.device("meta"))
-    tensors = [moved.words.values, moved.words.cu_seqlens, moved.words.ids, moved.video_keys, moved.caption_keys]
+    tensors = [moved.masked_rows, moved.masked_labels, moved.video_keys, moved.caption_keys]
+    for view in ("words", "contrast", "masked"):
+        words = getattr(moved, view)
+        tensors += [words.values, words.cu_seqlens, words.ids, words.size]
+        assert words.lengths == getattr(batch, view).lengths
     tensors += [t for g in moved.groups for t in (g.video, g.samples)]
     assert all(t.device.type == "meta" for t in tensors) and moved.names == batch.names
-    assert moved.words.lengths == batch.words.lengths
     assert same(batch.to(torch.device("cpu")), batch)
 
 

@@ -8,18 +8,25 @@ import pytest
 import torch
 from torch import nn
 
+from smaug.data import text
 from smaug.data.clips import Clips
 from smaug.data.loader import middle_frames
 from smaug.data.manifest import Sample
 from smaug.data.text import train_tokenizer
 from smaug.device import choose
+from smaug.evaluate import retrieval as evaluation
 from smaug.evaluate.retrieval import retrieval
 from smaug.evaluate.scores import evaluate
+from smaug.model.frame_selector import FrameSelectorConfig
+from smaug.model.fusion import FusionConfig
 from smaug.model.model import ModelConfig
 from smaug.model.text_encoder import TextEncoderConfig
-from smaug.model.video_encoder import VideoEncoderConfig
+from smaug.model.video_encoder import EncodedVideo, PruneConfig, VideoEncoderConfig
 from smaug.objectives.vtc import Vtc
+from smaug.objectives.vtm import Vtm
 from smaug.recipe import Recipe
+from smaug.run import build
+from smaug.tokens import packed_uniform
 
 WORDS = [a + b for a in "bdfgklmnpr" for b in ("aba", "obo", "uku")]
 
@@ -32,25 +39,27 @@ class Planted(nn.Module):
         texts, videos = table.shape
         width = dict(width=videos, heads=1)
         config = ModelConfig(VideoEncoderConfig(**width, image_size=8, patch=8), TextEncoderConfig(**width))
-        heads = Vtc(embed_dim=videos).heads(config)
+        heads = Vtc(embed_dim=videos).heads(config, 0)
         for layer in (heads.video, heads.text):
             layer.weight.data, layer.bias.data = torch.eye(videos), torch.zeros(videos)
         self.heads = nn.ModuleDict({"vtc": heads})
         self.video_calls = []
         words = {tokenizer.token_to_id(WORDS[t]): t for t in range(texts)}
 
-        def video(groups):
+        def video(groups, keep_rate):
             ((pixels, ids),) = groups
             self.video_calls.append((pixels, ids))
-            return nn.functional.one_hot(pixels[:, frame, 0, 0, 0].long(), videos).float(), None
+            features = nn.functional.one_hot(pixels[:, frame, 0, 0, 0].long(), videos).float()
+            ids = torch.arange(len(pixels), dtype=torch.int32)[:, None]
+            return EncodedVideo(features, packed_uniform(features, 1), features, ids, (features, ids), [])
 
-        def text(packed):
+        def texts_of(packed):
             numbers = packed.values[packed.cu_seqlens[:-1].long() + 1].tolist()
-            return torch.stack([table[words[n]] for n in numbers]), None
+            return torch.stack([table[words[n]] for n in numbers]), packed
 
-        self.video, self.text = video, text
+        self.video, self.text, self.fusion, self.selector = video, texts_of, None, None
         grid = lambda frames: (frames, 1, 1)  # noqa: E731
-        video.config, text.config = SimpleNamespace(patches=1, grid=grid), SimpleNamespace(max_words=4)
+        video.config, texts_of.config = SimpleNamespace(patches=1, grid=grid), SimpleNamespace(max_words=4)
 
 
 def planted(table, captions, frame=0, frames_of=None, subsets=None):
@@ -161,3 +170,114 @@ def test_a_model_without_contrast_is_refused():
     model.heads["vtc"] = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="needs the vtc objective"):
         retrieval(model, clips, tokenizer, frames=1, max_bad=0.05)
+
+
+SMALL_VIDEO = VideoEncoderConfig(
+    width=32, depth=2, heads=2, image_size=8, patch=4, tubelet=1, attend="frame", temporal_layers=1,
+    prune=PruneConfig(blocks=(1,), keep=0.5),
+)  # fmt: skip
+SMALL = ModelConfig(
+    SMALL_VIDEO,
+    TextEncoderConfig(width=32, depth=1, heads=2),
+    FusionConfig(depth=1, heads=2),
+    FrameSelectorConfig(keep=2),
+)
+
+
+def two_stages():
+    """A random model of all parts, twelve noisy clips, and 1 + i % 3 captions of clip i."""
+    n = 12
+    tokenizer = train_tokenizer(WORDS, 500)
+    words = iter(WORDS * 2)
+    samples = [
+        Sample(
+            Path(f"{i}.mp4"), "video", tuple(" ".join((next(words), WORDS[i])) for _ in range(1 + i % 3)), f"{i}.mp4"
+        )
+        for i in range(n)
+    ]
+    frames = np.random.default_rng(0).integers(0, 256, (n, 4, 8, 8, 3), dtype=np.uint8)
+    torch.manual_seed(0)
+    recipe = Recipe("small", SMALL, objectives={"vtc": Vtc(embed_dim=16), "vtm": Vtm()})
+    model = build(recipe, tokenizer.get_vocab_size(), "auto")
+    for name, p in model.named_parameters():
+        if name.endswith(("word.weight", "position", "cls", "time")):
+            p.data.normal_()
+    return model, Clips("small", samples, 8, frames, {}), tokenizer
+
+
+@torch.no_grad()
+def one_by_one(model, clips, tokenizer, sparse):
+    """(texts, videos) dual and match scores, each pair encoded and fused by itself, and the video of each text."""
+    captions = [(i, c) for i, s in enumerate(clips.samples) for c in s.captions]
+    dual, match = torch.zeros(2, len(captions), len(clips.samples))
+    for v in range(len(clips.samples)):
+        ((group,), _) = middle_frames(clips, [v], 4)
+        everything = torch.arange(16, dtype=torch.int32)[None]
+        video = model.video([(group.video, everything)], keep_rate=0.5 if sparse else 1.0)
+        assert video.frames.lengths == (1 + 2 + 1 if sparse else 5)
+        for t, (_, caption) in enumerate(captions):
+            words = text.pack(text.encode(tokenizer, [caption], 32), text.number(tokenizer, text.CLS))
+            features, encoded = model.text(words)
+            heads = model.heads["vtc"]
+            dual[t, v] = (heads.embed_text(features) * heads.embed_video(video.features)).sum()
+            kv_ids, gate = video.frame_ids, None
+            if sparse:
+                kv_ids, gate = model.selector(video.summaries, features, kv_ids)
+            fused = model.fusion(encoded, video.frames, kv_ids, gate).values[:1]
+            no, yes = model.heads["vtm"](fused)[0]
+            match[t, v] = yes - no
+    return dual, match, torch.tensor([i for i, _ in captions])
+
+
+def expected(t2v, v2t, own):
+    """Ranks by counting, ties against the model; then recalls and medians, as numbers a person would write down."""
+    ranks = [sum(bool(x >= row[o]) for x in row) for row, o in zip(t2v, own, strict=True)]
+    back = []
+    for v in range(t2v.shape[1]):
+        best = v2t[own == v, v].max()
+        back.append(1 + sum(bool(x >= best) for x in v2t[own != v, v]))
+    found = {}
+    for key, r in (("t2v", ranks), ("v2t", back)):
+        found |= {f"{key}_r{k}": np.mean(np.array(r) <= k) for k in (1, 5, 10)} | {f"{key}_medr": np.median(r)}
+    return found
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("top", [100, 12, 4, 1])
+def test_the_match_head_ranks_the_best_again(top, sparse, monkeypatch):
+    monkeypatch.setattr(evaluation, "BATCH", 5)  # so that clips, captions and pairs come in several parts
+    monkeypatch.setattr(evaluation, "PAIRS", 17)
+    model, clips, tokenizer = two_stages()
+    found = retrieval(model, clips, tokenizer, frames=4, max_bad=0.05, top=top, sparse=sparse).scores
+    dual, match, own = one_by_one(model, clips, tokenizer, sparse)
+    ranked = {}
+    for key, dim in (("t2v", 1), ("v2t", 0)):
+        best = dual.topk(min(top, dual.shape[dim]), dim=dim).indices
+        among = torch.zeros(dual.shape, dtype=torch.bool).scatter(dim, best, True)
+        assert among.all() == (top == 100 or (top == 12 and dim == 1))
+        ranked[key] = match.masked_fill(~among, float("-inf"))  # what is not among them ranks behind
+    truth = expected(ranked["t2v"], ranked["v2t"], own)
+    assert {key: found[key] for key in truth} == pytest.approx(truth)
+    before = expected(dual, dual, own)
+    for key in ("t2v", "v2t"):
+        assert found[f"{key}_r1_dual"] == pytest.approx(before[f"{key}_r1"])
+    if top == 1:  # a first place of the match head is then one of the dual encoder, and else one is last
+        assert found["t2v_r1"] == found["t2v_r1_dual"] and found["t2v_medr"] == 12
+
+
+def test_dense_scoring_prunes_nothing_and_fuses_every_frame():
+    model, clips, tokenizer = two_stages()
+    lengths, kept = [], []
+
+    def watch(_, given):
+        lengths.append(given[1].lengths)
+        kept.append(given[2].shape[1])
+
+    model.fusion.register_forward_pre_hook(watch)
+    for sparse in (True, False):
+        retrieval(model, clips, tokenizer, frames=4, max_bad=0.05, sparse=sparse)
+    assert lengths == [4, 4, 5, 5]
+    assert kept == [2, 2, 4, 4]
+    assert model.video(
+        [(torch.zeros(1, 4, 8, 8, 3, dtype=torch.uint8), torch.arange(16, dtype=torch.int32)[None])]
+    ).frames.lengths == 4  # fmt: skip

@@ -71,7 +71,8 @@ def test_kept_only_equals_dense(mask, tubelet, frames, impl):
     made, video = encoder(impl, tubelet), clips(2, frames)
     keep = draw(made, mask, video)
     assert keep.shape[1] == mask.keep(made.config.times(frames), 36)
-    features, tokens = made([(video, keep)])
+    encoded = made([(video, keep)])
+    features, tokens = encoded.features, encoded.frames
     truth = dense(made, video, keep)
     truth = torch.cat([truth[:, :1], truth[:, 1:].gather(1, keep.long()[..., None].expand(-1, -1, 48))], 1)
     assert tokens.rows == 2 * (1 + keep.shape[1])
@@ -93,30 +94,31 @@ def test_removed_pixels_change_nothing():
     kept = torch.zeros(2, 2 * 36, dtype=torch.bool).scatter_(1, keep.long(), True).view(2, 2, 1, 6, 1, 6, 1, 1)
     pixels = kept.expand(-1, -1, 2, -1, 4, -1, 4, 3).reshape(video.shape)
     other = torch.where(pixels, video, 255 - video)
-    assert torch.equal(made([(video, keep)])[0], made([(other, keep)])[0])
-    assert not torch.equal(made([(video, keep)])[0], made([(255 - other, keep)])[0])
+    assert torch.equal(made([(video, keep)]).features, made([(other, keep)]).features)
+    assert not torch.equal(made([(video, keep)]).features, made([(255 - other, keep)]).features)
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 def test_videos_and_images_in_one_batch_equal_each_alone(impl):
     made = encoder(impl)
     groups = [(v, draw(made, VideoMask(0.5), v)) for v in (clips(2, 4), clips(4, 1, seed=2), clips(1, 8, seed=3))]
-    features, tokens = made(groups)
+    encoded = made(groups)
+    features, tokens = encoded.features, encoded.frames
     assert tokens.cu_seqlens.diff().tolist() == [37] * 2 + [19] * 4 + [73]
     one = [made([(v[i : i + 1], ids[i : i + 1])]) for v, ids in groups for i in range(len(v))]
     for alone in ([made([group]) for group in groups], one):
-        torch.testing.assert_close(features, torch.cat([f for f, _ in alone]), atol=2e-6, rtol=1e-5)
-        torch.testing.assert_close(tokens.values, torch.cat([t.values for _, t in alone]), atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(features, torch.cat([e.features for e in alone]), atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(tokens.values, torch.cat([e.frames.values for e in alone]), atol=2e-6, rtol=1e-5)
 
 
 def test_bf16_keeps_the_stream_in_bf16():
     made, video = encoder(), clips(2, 4)
     group = (video, draw(made, VideoMask(0.5), video))
     with torch.no_grad():
-        truth = made([group])[0]
+        truth = made([group]).features
         with torch.autocast("cpu", torch.bfloat16):
             assert made.embed(*group).values.dtype == torch.bfloat16
-            assert relative_error(made([group])[0], truth) < 0.02
+            assert relative_error(made([group]).features, truth) < 0.02
 
 
 def test_refusals():

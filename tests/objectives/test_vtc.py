@@ -1,6 +1,7 @@
 """vtc against its formula, written out pair by pair in fp64."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,17 +28,22 @@ ONE_WAY[0, 3] = True
 
 def heads_of(vtc=Vtc(embed_dim=10)):  # noqa: B008
     torch.manual_seed(0)
-    heads = vtc.heads(SIZES)
+    heads = vtc.heads(SIZES, 0)
     for p in heads.parameters():
         if p.ndim:
             p.data = torch.randn_like(p)
     return heads
 
 
+def shows(video, text, positives):
+    """What the contrast looks at; it asks for nothing else."""
+    return Seen(SimpleNamespace(features=video), text, positives, [], None, None, 0, 0)
+
+
 def seen(positives, seed=1):
     generator = torch.Generator().manual_seed(seed)
     video, text = torch.randn(B, 24, generator=generator), torch.randn(B, 16, generator=generator)
-    return Seen(video.requires_grad_(), None, text.requires_grad_(), None, positives)
+    return shows(video.requires_grad_(), text.requires_grad_(), positives)
 
 
 def written_out(video, text, positives, temperature):
@@ -54,7 +60,7 @@ def written_out(video, text, positives, temperature):
 def truth_of(heads, shown):
     """The loss in fp64, as a function of the same leaves."""
     unit = []
-    for layer, x in ((heads.video, shown.video), (heads.text, shown.text)):
+    for layer, x in ((heads.video, shown.video.features), (heads.text, shown.text)):
         y = x.double() @ layer.weight.double().T + layer.bias.double()
         unit.append(y / y.square().sum(1, keepdim=True).sqrt())
     return written_out(*unit, shown.positives, heads.log_temperature.double().exp())
@@ -65,7 +71,7 @@ def test_is_the_formula_with_its_gradients(positives):
     heads, shown = heads_of(), seen(positives)
     loss, truth = Vtc()(heads, shown), truth_of(heads, shown)
     assert abs(loss.item() / truth.item() - 1) < 1e-6
-    leaves = {**dict(heads.named_parameters()), "seen video": shown.video, "seen text": shown.text}
+    leaves = {**dict(heads.named_parameters()), "seen video": shown.video.features, "seen text": shown.text}
     got, want = (torch.autograd.grad(x, leaves.values()) for x in (loss, truth))
     for name, a, b in zip(leaves, got, want, strict=True):
         assert b.norm() > 1e-4, name
@@ -76,15 +82,15 @@ def test_repeated_captions_and_videos_are_no_negatives():
     """Where all that belongs together is equal, the loss is the entropy of the targets: no less is possible."""
     group = torch.tensor([0, 1, 1, 0, 2, 1])
     heads = Vtc(embed_dim=3, temperature=0.001).heads(
-        ModelConfig(VideoEncoderConfig(width=3, heads=1), TextEncoderConfig(width=3, heads=1))
+        ModelConfig(VideoEncoderConfig(width=3, heads=1), TextEncoderConfig(width=3, heads=1)), 0
     )
     for layer in (heads.video, heads.text):
         layer.weight.data = torch.eye(3)
     places = torch.eye(3)[group]
-    shown = Seen(places, None, places, None, REPEATED)
+    shown = shows(places, places, REPEATED)
     entropy = (2 * math.log(2) + 3 * math.log(3)) / B
     assert Vtc()(heads, shown).item() == pytest.approx(entropy, rel=1e-6)
-    alone = Seen(places, None, places, None, ALONE)
+    alone = shows(places, places, ALONE)
     assert Vtc()(heads, alone).item() == pytest.approx(entropy, rel=1e-6)
     # A positive that is told to be a negative costs what the formula says, so the mask is really read.
     torch.manual_seed(0)
@@ -96,14 +102,14 @@ def test_symmetric():
     heads, shown = heads_of(), seen(REPEATED)
     loss = Vtc()(heads, shown)
     heads.video, heads.text = heads.text, heads.video
-    other = Seen(shown.text, None, shown.video, None, REPEATED.T)
+    other = shows(shown.text, shown.video.features, REPEATED.T)
     torch.testing.assert_close(Vtc()(heads, other), loss)
 
 
 def test_order_of_pairs_does_not_matter():
     heads, shown = heads_of(), seen(REPEATED)
     p = torch.tensor([4, 2, 0, 5, 1, 3])
-    other = Seen(shown.video[p], None, shown.text[p], None, REPEATED[p][:, p])
+    other = shows(shown.video.features[p], shown.text[p], REPEATED[p][:, p])
     torch.testing.assert_close(Vtc()(heads, other), Vtc()(heads, shown))
 
 
@@ -121,8 +127,13 @@ def test_temperature_is_clamped(wild, held):
 def test_bf16_features_are_compared_in_fp32():
     heads, shown = heads_of(), seen(ALONE)
     with torch.autocast("cpu", torch.bfloat16):
-        assert heads.embed_video(shown.video.bfloat16()).dtype == torch.float32
+        assert heads.embed_video(shown.video.features.bfloat16()).dtype == torch.float32
         assert heads.embed_text(shown.text.bfloat16()).dtype == torch.float32
-    torch.testing.assert_close(heads.embed_video(shown.video).norm(dim=1), torch.ones(B))
-    start = Vtc(temperature=0.2).heads(SIZES).log_temperature
+        scores = heads.scores(shown.text.bfloat16(), shown.video.features.bfloat16())
+        texts, videos = heads.embed_text(shown.text), heads.embed_video(shown.video.features)
+    assert scores.dtype == torch.float32
+    truth = texts @ videos.T / heads.log_temperature.exp()
+    torch.testing.assert_close(scores, truth, atol=0, rtol=1e-5)
+    torch.testing.assert_close(heads.embed_video(shown.video.features).norm(dim=1), torch.ones(B))
+    start = Vtc(temperature=0.2).heads(SIZES, 0).log_temperature
     assert start.exp().item() == pytest.approx(0.2) and start.requires_grad

@@ -1,0 +1,82 @@
+"""The fusion encoder: words attend to the frames of the video that they are paired with.
+
+Keys and values of a frame are projected once per layer and never copied: a pair is an index (`kv_ids`) into them, so a
+video that meets ten texts costs no more memory than one that meets one. Form: Singularity, Lei et al. 2023, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smaug import ops
+from smaug.model.layers import SelfAttention, init_linear
+from smaug.tokens import PackedTokens
+
+
+@dataclass(frozen=True)
+class FusionConfig:
+    """Sizes of the fusion encoder. Its width is the text encoder's."""
+
+    depth: int = 0  # blocks; with 0 there is no fusion encoder
+    heads: int = 4
+    mlp_ratio: float = 4.0
+
+
+class FusionBlock(nn.Module):
+    """Pre-norm: self-attention over the words, cross-attention to the frames, then the MLP."""
+
+    def __init__(self, width: int, video_width: int, config: FusionConfig, impl: str) -> None:
+        super().__init__()
+        self.heads, self.impl = config.heads, impl
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, config.heads, impl)
+        self.norm_cross = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(video_width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = nn.Linear(width, int(config.mlp_ratio * width))
+        self.down = nn.Linear(int(config.mlp_ratio * width), width)
+
+    def forward(self, words: PackedTokens, frames: PackedTokens, kv_ids: Tensor, gate: Tensor | None) -> PackedTokens:
+        x = words.values
+        x = x + self.attention(words.with_values(self.norm1(x)))[0]
+        q = self.query(self.norm_cross(x)).unflatten(1, (self.heads, -1))
+        k, v = self.key_value(frames.values).view(len(frames.values), 2, self.heads, -1).unbind(1)
+        o = ops.attention(
+            q,
+            k,
+            v,
+            words.cu_seqlens,
+            frames.cu_seqlens,
+            kv_ids=kv_ids,
+            segment_bias=gate,
+            lengths_q=words.lengths,
+            lengths_k=frames.lengths,
+            impl=self.impl,
+        )
+        x = x + self.proj(o.flatten(1))
+        return words.with_values(x + self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+class Fusion(nn.Module):
+    def __init__(self, width: int, video_width: int, config: FusionConfig, impl: str = "auto") -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(FusionBlock(width, video_width, config, impl) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width)
+        init_linear(self)
+
+    def forward(self, words: PackedTokens, frames: PackedTokens, kv_ids: Tensor, gate: Tensor | None) -> PackedTokens:
+        """P packed texts, each paired with the frames that its row of kv_ids names -> their words, fused.
+
+        words       P sequences of encoded words, (T, D).
+        frames      S sequences of encoded patches, (T_k, D_v), one sequence a frame.
+        kv_ids      (P, M) int32, the frames that a text sees; -1 is none.
+        gate        (P, M) fp32 added to the logits of a frame's keys, or None; see `FrameSelector`.
+        """
+        for block in self.blocks:
+            words = block(words, frames, kv_ids, gate)
+        return words.with_values(self.norm(words.values))

@@ -1,0 +1,56 @@
+"""mvm: what do the masked patches look like? Pixels rebuilt from the visible patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from smaug import ops
+from smaug.masks import DECODER_STREAM, MOMENTS
+from smaug.model.decoder import Decoder, DecoderConfig
+from smaug.model.model import ModelConfig
+from smaug.objectives.seen import Removed, Seen
+
+
+@dataclass(frozen=True)
+class Mvm:
+    """Mean squared error on the masked patches' pixels, each patch normalised; MAE, He et al. 2022, section 3."""
+
+    weight: float = 1.0
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+    def heads(self, model: ModelConfig, vocabulary: int) -> Decoder:
+        return Decoder(self.decoder, model.video)
+
+    def __call__(self, heads: nn.Module, seen: Seen) -> Tensor:
+        assert isinstance(heads, Decoder)
+        if not any(group.ids.numel() for group in seen.removed):  # a step in which nothing is masked
+            return seen.video.features.new_zeros((), dtype=torch.float32)
+        chosen = [self._some(group, seen) for group in seen.removed]
+        visible = [seen.video.stayed] + (seen.video.left if self.decoder.decoder_input == "exit" else [])
+        rebuilt = heads(visible, torch.cat([ids.flatten(0, 1) for ids in chosen]))
+        total = sum(ids.numel() for ids in chosen)
+        losses, first = [], 0
+        for group, ids in zip(seen.removed, chosen, strict=True):
+            clips, sequences, each = ids.shape
+            pred = rebuilt[first : first + clips * sequences].reshape(clips, sequences * each, -1)
+            first += clips * sequences
+            tube = heads.tube
+            if group.video.shape[1] == 1:  # an image: the mean over the tube's frames speaks for it
+                pred, tube = pred.unflatten(2, (3, tube[0], -1)).mean(3).flatten(2), (1, *tube[1:])
+            loss = ops.pixel_loss(pred, group.video, ids.flatten(1), patch=tube)
+            losses.append(loss * (ids.numel() / total))
+        return torch.stack(losses).sum()
+
+    def _some(self, group: Removed, seen: Seen) -> Tensor:
+        """A random part of what was removed, (B, sequences, R') int32, ascending in each sequence."""
+        ids = group.ids.view(len(group.ids), group.sequences, -1)
+        take = max(1, round(self.decoder.share * ids.shape[2]))
+        # As `VideoMask.draw` numbers moments, so that a draw does not depend on the batch.
+        samples = group.samples[:, None] * MOMENTS + torch.arange(group.sequences, device=ids.device)
+        places, _ = ops.random_mask(
+            samples.flatten(), (1, ids.shape[2]), take, seed=seen.seed, draw=seen.epoch, stream=DECODER_STREAM
+        )
+        return ids.gather(2, places.view(*ids.shape[:2], take).long())

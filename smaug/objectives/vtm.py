@@ -1,0 +1,33 @@
+"""vtm: does this text tell of this video? Answered from the fused [CLS], with hard negatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from smaug.model.layers import init_linear
+from smaug.model.model import ModelConfig
+from smaug.objectives.seen import Seen
+
+
+@dataclass(frozen=True)
+class Vtm:
+    """Cross-entropy over no / yes. The step draws `negatives` videos a text, in proportion to exp(vtc score).
+
+    ALBEF, Li et al. 2021, section 3.3, with the draw made by Gumbel-argmax so that nothing is read from the device.
+    """
+
+    weight: float = 1.0
+    negatives: int = 2  # videos a text, none of the same clip or with the same caption
+
+    def heads(self, model: ModelConfig, vocabulary: int) -> nn.Linear:
+        head = nn.Linear(model.text.width, 2)
+        init_linear(head)
+        return head
+
+    def __call__(self, heads: nn.Module, seen: Seen) -> Tensor:
+        assert seen.pairs is not None
+        each = F.cross_entropy(heads(seen.pairs.features).float(), seen.pairs.labels, reduction="none")
+        return (each * seen.pairs.valid).sum() / seen.pairs.valid.sum()

@@ -1,0 +1,32 @@
+"""dense: the baseline. SMAUG's encoder with nothing masked but mlm's words, nothing pruned, every frame fused.
+
+Ours, as the yardstick of the time-to-result benchmark: the same sizes, speed path, optimiser and number of frames.
+
+    python -m smaug.train dense --fast
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from smaug.masks import TextMask, VideoMask
+from smaug.model.fusion import FusionConfig
+from smaug.model.model import SIZES
+from smaug.objectives.mlm import Mlm
+from smaug.objectives.vtc import Vtc
+from smaug.objectives.vtm import Vtm
+from smaug.recipe import Recipe
+
+
+def recipe(size: str = "tiny") -> Recipe:
+    model = SIZES[size]
+    moments = 3 if size == "tiny" else 4
+    video = replace(model.video, attend="frame", frames=moments * model.video.tubelet, temporal_layers=1)
+    fusion = FusionConfig(depth=1 if size == "tiny" else 3, heads=model.text.heads)
+    return Recipe(
+        name="dense",
+        model=replace(model, video=video, fusion=fusion),
+        video_mask=VideoMask(ratio=0.0, kind="even"),
+        text_mask=TextMask(ratio=0.0),
+        objectives={"vtc": Vtc(), "vtm": Vtm(), "mlm": Mlm()},
+    )

@@ -1,0 +1,122 @@
+"""Fusion through kv_ids equals copying each pair's frames into a padded, masked cross-attention."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from smaug.model.fusion import Fusion, FusionConfig
+from smaug.testing import offsets, relative_error
+from smaug.tokens import packed_ragged, packed_uniform
+
+WIDTH, VIDEO_WIDTH, HEADS = 32, 24, 2
+TEXTS = (4, 1, 6, 3, 2)
+FRAMES = (5, 2, 7, 1)
+# Frames are shared by pairs, named twice by one, missing in others; the last text sees none at all.
+KV_IDS = torch.tensor([[0, 1, 2], [2, -1, -1], [-1, 3, 0], [2, 2, 1], [-1, -1, -1]], dtype=torch.int32)
+
+
+def fusion(impl="auto", depth=2):
+    torch.manual_seed(0)
+    made = Fusion(WIDTH, VIDEO_WIDTH, FusionConfig(depth=depth, heads=HEADS), impl)
+    for name, p in made.named_parameters():
+        if p.ndim == 1:
+            p.data = torch.randn_like(p) * 0.1 + ("norm" in name and name.endswith("weight"))
+    return made
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randn(sum(TEXTS), WIDTH, generator=generator).requires_grad_()
+    frames = torch.randn(sum(FRAMES), VIDEO_WIDTH, generator=generator).requires_grad_()
+    gate = torch.randn(KV_IDS.shape, generator=generator).requires_grad_()
+    return words, frames, gate
+
+
+def tokens(words, frames):
+    return (
+        packed_ragged(words, offsets(TEXTS), lengths=TEXTS),
+        packed_ragged(frames, offsets(FRAMES), lengths=FRAMES),
+    )
+
+
+def heads(x):
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+def copied(made, words, frames, gate):
+    """The same in padded tensors: (P, L, D) words, (P, K, D_v) keys copied for each pair, -inf on the rest."""
+    p, length, parts = len(TEXTS), max(TEXTS), frames.split(list(FRAMES))
+    longest = sum(sorted(FRAMES)[-2:]) * 2
+    rows, keys, bias = [], [], []
+    for pair, own in enumerate(words.split(list(TEXTS))):
+        rows.append(F.pad(own, (0, 0, 0, length - len(own))))
+        named = [(i, m) for m, i in enumerate(KV_IDS[pair].tolist()) if i >= 0]
+        here = torch.cat([parts[i] for i, _ in named]) if named else frames[:0]
+        logit = torch.cat([gate[pair, m].expand(FRAMES[i]) for i, m in named]) if named else gate[0, :0]
+        keys.append(F.pad(here, (0, 0, 0, longest - len(here))))
+        bias.append(F.pad(logit, (0, longest - len(here)), value=float("-inf")))
+    x, keys, bias = torch.stack(rows), torch.stack(keys), torch.stack(bias)[:, None, None]
+    mask = torch.arange(length) < torch.tensor(TEXTS)[:, None]
+    blind = (bias == float("-inf")).all(-1, keepdim=True)
+    for block in made.blocks:
+        q, k, v = (heads(t) for t in block.attention.qkv(block.norm1(x)).chunk(3, dim=-1))
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+        x = x + block.attention.proj(o.transpose(1, 2).flatten(2))
+        q = heads(block.query(block.norm_cross(x)))
+        k, v = (heads(t) for t in block.key_value(keys).chunk(2, dim=-1))
+        logits = q @ k.transpose(2, 3) * (WIDTH // HEADS) ** -0.5 + bias.masked_fill(blind, 0)
+        o = (logits.softmax(-1) @ v).masked_fill(blind, 0)  # with nothing to see nothing is added
+        x = x + block.proj(o.transpose(1, 2).flatten(2))
+        x = x + block.down(F.gelu(block.up(block.norm2(x))))
+    assert x.shape == (p, length, WIDTH)
+    return made.norm(x)[mask]
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_equals_copied_keys(gated, impl):
+    made, (words, frames, gate) = fusion(impl), inputs()
+    got = made(*tokens(words, frames), KV_IDS, gate if gated else None).values
+    want = copied(made, words, frames, gate if gated else torch.zeros_like(gate))
+    assert relative_error(got, want) < 2e-6
+
+    g = torch.randn(got.shape, generator=torch.Generator().manual_seed(2))
+    leaves = {**dict(made.named_parameters()), "words": words, "frames": frames} | ({"gate": gate} if gated else {})
+    for name, a, b in zip(
+        leaves,
+        torch.autograd.grad(got, leaves.values(), g),
+        torch.autograd.grad(want, leaves.values(), g),
+        strict=True,
+    ):
+        assert b.norm() > 1e-3 and relative_error(a, b) < 2e-5, name
+
+
+def test_each_frame_is_projected_once_however_many_pairs_use_it():
+    made, rows = fusion(depth=3), []
+    for block in made.blocks:
+        block.key_value.register_forward_hook(lambda _, given, out: rows.append(len(given[0])))
+    words, frames, _ = inputs()
+    many = KV_IDS[[0] * 40]
+    texts = packed_uniform(torch.randn(40 * 3, WIDTH), 3)
+    made(texts, tokens(words, frames)[1], many, None)
+    assert rows == [sum(FRAMES)] * 3
+
+
+def test_a_pair_does_not_see_its_neighbours():
+    made, (words, frames, gate) = fusion(), inputs()
+    texts, images = tokens(words, frames)
+    together = made(texts, images, KV_IDS, gate).values.split(list(TEXTS))
+    for pair, own in enumerate(words.split(list(TEXTS))):
+        alone = made(packed_uniform(own, len(own)), images, KV_IDS[pair : pair + 1], gate[pair : pair + 1]).values
+        torch.testing.assert_close(alone, together[pair], atol=2e-6, rtol=1e-5)
+
+
+def test_a_frame_that_is_not_named_is_not_seen():
+    made, (words, frames, _) = fusion(), inputs()
+    kv_ids = KV_IDS.masked_fill(KV_IDS == 1, -1)
+    other = torch.cat([x + 5 * (i == 1) for i, x in enumerate(frames.split(list(FRAMES)))])
+    one, two = (made(*tokens(words, x), kv_ids, None).values for x in (frames, other))
+    assert torch.equal(one, two)
+    assert not torch.equal(
+        made(*tokens(words, other), KV_IDS, None).values, made(*tokens(words, frames), KV_IDS, None).values
+    )
