@@ -180,8 +180,11 @@ def run(options: Options, size: str, command: str) -> int:
         console.print(f"batch is {loader.size}, since there are no more clips", highlight=False)
     loop = Loop(options, folder, console, way, model, optimizer, loader, totals, began)
     finished = loop.train(steps)
-    for skip in [*clips.skipped, *loader.skipped.values()]:
-        console.print(f"skipped {skip.name}: {skip.reason}", style="yellow", highlight=False, soft_wrap=True)
+    skipped = [f"{skip.name}: {skip.reason}" for skip in (*clips.skipped, *loader.skipped.values())]
+    for line in skipped:
+        console.print(f"skipped {line}", style="yellow", highlight=False, soft_wrap=True)
+    if skipped:
+        write(folder / "skipped.txt", "".join(line + "\n" for line in skipped))
     if not finished:
         console.print(f"stopped at step {totals['step']:.0f} and saved; go on with:", highlight=False)
         console.print(
@@ -197,7 +200,7 @@ def run(options: Options, size: str, command: str) -> int:
         "size": size,
         "batch": loader.size,
         "machine": device.describe(way.device),
-        "skipped": len(clips.skipped) + len(loader.skipped),
+        "skipped": len(skipped),
     }
     write(folder / "result.json", json.dumps(result, indent=2))
     print_result(console, result)

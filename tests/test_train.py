@@ -316,6 +316,7 @@ def test_own_videos_and_images(call, own):
     assert code == 0, err
     assert "clips.csv + stills.csv, 13 videos and 10 images" in out
     assert "skipped gone[/y].mp4: file not found\n" in out and "skipped bad [x].mp4: " in out
+    assert len(Path("run/skipped.txt").read_text().splitlines()) == 2
     assert "these are training pairs" in out
     result = json.loads(Path("run/result.json").read_text())
     assert result["skipped"] == 2 and result["candidates"] == 22
