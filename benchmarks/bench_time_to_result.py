@@ -22,13 +22,11 @@ import tyro
 from rich.console import Console
 
 from smaug import device, recipe
-from smaug.data.loader import Loader
 from smaug.data.text import train_tokenizer
 from smaug.evaluate.retrieval import retrieval
-from smaug.objectives.mlm import Mlm
-from smaug.optim import adamw
+from smaug.optim import adamw, learning_rate
 from smaug.recipe import Recipe
-from smaug.run import build, open_split
+from smaug.run import build, open_loader, open_split
 from smaug.step import training_step
 
 RESULTS = Path(__file__).parent / "results"
@@ -88,17 +86,7 @@ def run(name: str, seed: int, options: Options, console: Console) -> None:
     torch.manual_seed(seed)
     model = build(chosen, tokenizer.get_vocab_size(), way.impl).to(way.device)
     optimizer = adamw(model, chosen.optim)
-    loader = Loader(
-        clips,
-        tokenizer,
-        chosen.data,
-        frames=chosen.model.video.frames,
-        max_words=chosen.model.text.max_words,
-        text_mask=chosen.text_mask,
-        mlm_ratio=next((o.ratio for o in chosen.objectives.values() if isinstance(o, Mlm)), 0.0),
-        seed=seed,
-    )
-    warmup = round(chosen.optim.warmup * chosen.optim.steps)
+    loader = open_loader(chosen, clips, tokenizer)
     points: list[tuple[float, float, float, int]] = []  # device seconds, with waiting for data, R@1, steps
     clock = waited = 0.0
     step = 0
@@ -109,7 +97,7 @@ def run(name: str, seed: int, options: Options, console: Console) -> None:
             batch = next(batches).to(way.device)
             got = time.perf_counter()
             for group in optimizer.param_groups:
-                group["lr"] = options.lr * min(1.0, (step + 1) / warmup)
+                group["lr"] = learning_rate(step, chosen.optim)
             with way.autocast():
                 loss, _ = training_step(model, chosen, batch)
             loss.backward()

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from smaug import checkpoint, recipe
 from smaug.data.clips import Clips, open_manifest, open_shapes
+from smaug.data.loader import Loader
 from smaug.device import Way, choose
 from smaug.model.model import Model
 from smaug.objectives.mlm import Mlm
@@ -64,6 +65,20 @@ def build(recipe: Recipe, vocabulary: int, impl: str) -> Model:
         raise ValueError("vtm and mlm need --model.fusion.depth of at least 1, and a fusion encoder needs one of them")
     heads = {name: objective.heads(recipe.model, vocabulary) for name, objective in recipe.objectives.items()}
     return Model(recipe.model, vocabulary, heads, impl)
+
+
+def open_loader(recipe: Recipe, clips: Clips, tokenizer: Tokenizer) -> Loader:
+    """Training batches with the words masked that the recipe's contrast and its mlm ask for."""
+    return Loader(
+        clips,
+        tokenizer,
+        recipe.data,
+        frames=recipe.model.video.frames,
+        max_words=recipe.model.text.max_words,
+        text_mask=recipe.text_mask,
+        mlm_ratio=next((o.ratio for o in recipe.objectives.values() if isinstance(o, Mlm)), 0.0),
+        seed=recipe.seed,
+    )
 
 
 def open_split(recipe: Recipe, split: str, console: Console) -> Clips:

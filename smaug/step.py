@@ -32,13 +32,7 @@ def training_step(model: Model, recipe: Recipe, batch: Batch) -> tuple[Tensor, d
         )
     video = model.video(visible, keep_rate=keep_rate(recipe, batch.step), seed=recipe.seed, step=batch.step)
 
-    needs = [type(objective) for objective in recipe.objectives.values()]
-    views = {"contrast": batch.contrast}
-    if Vtm in needs:
-        views["whole"] = batch.words
-    if Mlm in needs and batch.masked is not None:
-        views["masked"] = batch.masked
-    features, words = encode_texts(model, views)
+    features, words = encode_texts(model, text_views(recipe, batch))
 
     same = positives(batch)
     pairs = masked = None
@@ -63,6 +57,17 @@ def keep_rate(recipe: Recipe, step: int) -> float:
     prune = recipe.model.video.prune
     done = min(1.0, step / max(1.0, prune.warmup * recipe.optim.steps))
     return prune.keep + (1 - prune.keep) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def text_views(recipe: Recipe, batch: Batch) -> dict[str, PackedTokens]:
+    """What the objectives want to see of the captions; two views may be one object."""
+    needs = [type(objective) for objective in recipe.objectives.values()]
+    views = {"contrast": batch.contrast}
+    if Vtm in needs:
+        views["whole"] = batch.words
+    if Mlm in needs and batch.masked is not None:
+        views["masked"] = batch.masked
+    return views
 
 
 def encode_texts(model: Model, views: dict[str, PackedTokens]) -> tuple[dict[str, Tensor], dict[str, PackedTokens]]:

@@ -34,12 +34,10 @@ from smaug.data.shapes import DamagedError
 from smaug.data.text import train_tokenizer
 from smaug.evaluate.scores import evaluate, print_result
 from smaug.model.model import SIZES, Model
-from smaug.objectives.mlm import Mlm
-from smaug.objectives.vtm import Vtm
 from smaug.optim import adamw, learning_rate
 from smaug.recipe import Recipe
-from smaug.run import build, open_split, progress, read_config, write
-from smaug.step import keep_rate, training_step, video_mask
+from smaug.run import build, open_loader, open_split, progress, read_config, write
+from smaug.step import keep_rate, text_views, training_step, video_mask
 
 DEFAULT_RECIPE = "mac"
 
@@ -171,11 +169,7 @@ def run(options: Options, size: str, command: str) -> int:
         at = f"step {totals['step']:.0f}" if state else "step 0, since there is no checkpoint yet"
         console.print(f"resuming at {at}", highlight=False)
 
-    mlm_ratio = next((o.ratio for o in recipe.objectives.values() if isinstance(o, Mlm)), 0.0)
-    loader = Loader(
-        clips, tokenizer, recipe.data, frames=recipe.model.video.frames, max_words=recipe.model.text.max_words,
-        text_mask=recipe.text_mask, mlm_ratio=mlm_ratio, seed=recipe.seed,
-    )  # fmt: skip
+    loader = open_loader(recipe, clips, tokenizer)
     if loader.size < recipe.data.batch:
         console.print(f"batch is {loader.size}, since there are no more clips", highlight=False)
     loop = Loop(options, folder, console, way, model, optimizer, loader, totals, began)
@@ -235,15 +229,8 @@ def count_tokens(recipe: Recipe, batch: Batch) -> tuple[int, int]:
             rows.append(sequences * (1 + kept + fused))
         computed += sum(rows) / len(rows)
         dense += sequences + len(group.samples) * times * video.patches
-    views = [batch.contrast]
-    if (
-        any(isinstance(objective, Vtm) for objective in recipe.objectives.values())
-        and batch.words is not batch.contrast
-    ):
-        views.append(batch.words)
-    if batch.masked is not None:
-        views.append(batch.masked)
-    return round(computed) + sum(view.rows for view in views), dense + len(views) * batch.words.rows
+    views = {id(view): view for view in text_views(recipe, batch).values()}
+    return round(computed) + sum(v.rows for v in views.values()), dense + len(views) * batch.words.rows
 
 
 def predicted_seconds(model: Model, recipe: Recipe, steps: int, rate: float) -> float:
@@ -281,25 +268,25 @@ class Loop:
             batches = self.loader.ahead(start, steps)
             with contextlib.closing(batches):
                 saved = start
-                logged, logged_at, clips = start, time.perf_counter(), 0
+                logged_at, clips = time.perf_counter(), 0
                 while self.totals["step"] < steps and not self.stop:
                     batch = next(batches).to(self.way.device)
                     before = time.perf_counter()
                     loss, parts = self._step(batch, int(self.totals["step"]))
                     step = self._count(batch)
                     clips += len(batch)
-                    if step % self.options.log_every == 0 or step == steps:
+                    log_now = step % self.options.log_every == 0 or step == steps
+                    if log_now:
                         # The one place of the loop where the host waits for the device.
                         numbers = torch.stack([loss.detach(), *(p.detach() for p in parts.values())]).tolist()
-                        self.totals["device_seconds"] += time.perf_counter() - before
+                    self.totals["device_seconds"] += time.perf_counter() - before
+                    if log_now:
                         row = {"step": step, "loss": numbers[0], **dict(zip(parts, numbers[1:], strict=True))}
                         row["lr"] = learning_rate(step - 1, self.recipe.optim)
                         row["clips_per_second"] = clips / (time.perf_counter() - logged_at)
                         row |= {k: v for k, v in self.totals.items() if k not in ("step", "wall_seconds")}
                         self._log(row, log, board, bars, task)
-                        logged, logged_at, clips = step, time.perf_counter(), 0
-                    else:
-                        self.totals["device_seconds"] += time.perf_counter() - before
+                        logged_at, clips = time.perf_counter(), 0
                     bars.update(task, completed=step)
                     if step % self.options.checkpoint_every == 0:
                         self._save()
@@ -307,7 +294,6 @@ class Loop:
             if saved != self.totals["step"] or not checkpoint.steps(self.folder / "checkpoints"):
                 self._save()
         board.close()
-        del logged
         return not self.stop
 
     def _step(self, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -69,12 +69,11 @@ def retrieval(
     found: dict[str, float] = {}
     if model.fusion is not None and "vtm" in model.heads:
         found |= {f"{key}_r1_dual": recalls(r, key)[f"{key}_r1"] for key, r in ranks.items()}
-        chosen = dual.topk(min(top, dual.shape[1]), dim=1).indices
-        scores = _match(model, videos, features, words, chosen, sparse)
-        ranks["t2v"] = retrieval_ranks(scores, video_of_text)[0]
-        chosen = dual.T.topk(min(top, dual.shape[0]), dim=1).indices
-        pairs = torch.zeros_like(dual, dtype=torch.bool).T.scatter(1, chosen, True).T
-        ranks["v2t"] = retrieval_ranks(_match(model, videos, features, words, pairs, sparse), video_of_text)[1]
+        t2v, v2t = (side.topk(min(top, side.shape[1]), dim=1).indices for side in (dual, dual.T))
+        pairs = {"t2v": (_rows(t2v), t2v.flatten()), "v2t": (v2t.flatten(), _rows(v2t))}
+        for direction, (key, (text_ids, video_ids)) in enumerate(pairs.items()):
+            scores = _match(model, videos, features, words, text_ids, video_ids, sparse)
+            ranks[key] = retrieval_ranks(scores, video_of_text)[direction]
 
     found = recalls(ranks["t2v"], "t2v") | recalls(ranks["v2t"], "v2t") | found | {"candidates": float(len(numbers))}
     for name, member in clips.subsets.items():
@@ -131,18 +130,22 @@ def _encode_texts(model: Model, tokenizer: Tokenizer, captions: Sequence[str]) -
     return torch.cat(features), cat_tokens(encoded)
 
 
-def _match(
-    model: Model, videos: EncodedVideo, features: Tensor, words: PackedTokens, chosen: Tensor, sparse: bool
-) -> Tensor:
-    """Match scores of chosen pairs, (texts, videos) fp32 on the host; -inf for the others.
+def _rows(x: Tensor) -> Tensor:
+    """The row of each element of a matrix, in the order of `flatten`."""
+    return torch.arange(x.numel(), device=x.device) // x.shape[1]
 
-    chosen (texts, k) int64 videos of each text, or (texts, videos) bool.
-    """
+
+def _match(
+    model: Model,
+    videos: EncodedVideo,
+    features: Tensor,
+    words: PackedTokens,
+    text_ids: Tensor,
+    video_ids: Tensor,
+    sparse: bool,
+) -> Tensor:
+    """Match scores of the pairs (text_ids[i], video_ids[i]), (texts, videos) fp32 on the host; -inf for all others."""
     assert model.fusion is not None
-    if chosen.dtype is torch.bool:
-        text_ids, video_ids = chosen.nonzero(as_tuple=True)
-    else:
-        text_ids, video_ids = torch.arange(chosen.numel(), device=chosen.device) // chosen.shape[1], chosen.flatten()
     scores = torch.full((len(features), len(videos.features)), float("-inf"))
     bounds = words.cu_seqlens.tolist()
     for start in range(0, len(text_ids), PAIRS):
