@@ -74,6 +74,7 @@ def open_loader(recipe: Recipe, clips: Clips, tokenizer: Tokenizer) -> Loader:
         tokenizer,
         recipe.data,
         frames=recipe.model.video.frames,
+        view=recipe.model.video.view,
         max_words=recipe.model.text.max_words,
         text_mask=recipe.text_mask,
         mlm_ratio=next((o.ratio for o in recipe.objectives.values() if isinstance(o, Mlm)), 0.0),

@@ -84,12 +84,14 @@ class Loader:
         config: DataConfig,
         *,
         frames: int,
+        view: int = 1,
         max_words: int,
         text_mask: TextMask,
         mlm_ratio: float = 0.0,
         seed: int,
     ) -> None:
-        self.clips, self.config, self.frames, self.text_mask, self.seed = clips, config, frames, text_mask, seed
+        self.clips, self.config, self.frames, self.view = clips, config, frames, view
+        self.text_mask, self.seed = text_mask, seed
         self.size = min(config.batch, len(clips))
         self.batches_per_epoch = len(clips) // self.size
         self.skipped: dict[int, Skip] = {}
@@ -166,7 +168,7 @@ class Loader:
             offsets = np.random.default_rng([self.seed, epoch, number]).random(self.frames)
             pick = functools.partial(random_segments, frames=self.frames, offsets=offsets)
             try:
-                return number, self.clips.read(number, pick)
+                return number, in_views(self.clips.read(number, pick), self.view)
             except DecodeError as error:
                 self.skipped[number] = Skip(self.clips.samples[number].name, error.reason)
                 everything = [*self.clips.skipped, *self.skipped.values()]
@@ -206,10 +208,22 @@ class Loader:
             thread.join()
 
 
+def in_views(frames: np.ndarray, view: int) -> np.ndarray:
+    """(F, ...) in the order of time -> F / view views of the whole clip, one after the other, each in that order.
+
+    With F = 8 and views of 4 frames: 0 2 4 6, 1 3 5 7. An image, and views of one frame, stay as they are.
+    """
+    if view == 1 or len(frames) == 1:
+        return frames
+    return frames[np.arange(len(frames)).reshape(view, -1).T.reshape(-1)]
+
+
 def middle_frames(
-    clips: Clips, numbers: Sequence[int], frames: int, *, shuffle: bool = False
+    clips: Clips, numbers: Sequence[int], frames: int, *, view: int = 1, shuffle: bool = False
 ) -> tuple[list[VisualGroup], list[Skip]]:
     """Clips for evaluation, the middle frame of each interval; with `shuffle`, each clip's frames in a random order.
+
+    Their order is otherwise that of `in_views`.
 
     -> groups of one shape, in the order of `numbers` within each, and the clips that could not be decoded.
     """
@@ -221,6 +235,7 @@ def middle_frames(
         except DecodeError as error:
             skipped.append(Skip(clips.samples[number].name, error.reason))
             continue
+        read = in_views(read, view)
         if shuffle:
             read = read[np.random.default_rng([number]).permutation(len(read))]
         by_count.setdefault(len(read), []).append((number, read))

@@ -92,12 +92,16 @@ def _encode_videos(
     numbers: list[int] = []
     skipped: list[Skip] = []
     total = min(CANDIDATES, len(clips))
+    config = model.video.config
+    config.times(frames)  # raises for a number that does not fill the tubes
     for start in range(0, total, BATCH):
-        groups, bad = middle_frames(clips, range(start, min(start + BATCH, total)), frames, shuffle=shuffle)
+        groups, bad = middle_frames(
+            clips, range(start, min(start + BATCH, total)), frames, view=config.view, shuffle=shuffle
+        )
         skipped += bad
         check_share(skipped, total, max_bad)
         for group in groups:
-            everything = torch.arange(math.prod(model.video.config.grid(group.video.shape[1])), dtype=torch.int32)
+            everything = torch.arange(math.prod(config.grid(group.video.shape[1])), dtype=torch.int32)
             ids = everything.expand(len(group.video), -1).to(device)
             parts.append(model.video([(group.video.to(device), ids)], keep_rate=None if sparse else 1.0))
             numbers += group.samples.tolist()

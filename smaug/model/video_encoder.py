@@ -49,6 +49,8 @@ class VideoEncoderConfig:
     patch: int = 8  # pixels, square
     tubelet: int = 4  # frames of a token; with 1 the order of frames is told by the table of times alone
     frames: int = 4  # of a training clip, a multiple of tubelet
+    # Whether the frames of a tube are neighbours, or spread over the whole clip: with M tubes, every M-th frame.
+    tubes: Literal["adjacent", "spread"] = "adjacent"
     # A sequence is all of a clip, or one moment of it with a [CLS] of its own, followed by layers over the moments.
     attend: Literal["clip", "frame"] = "clip"
     temporal_layers: int = 0
@@ -71,6 +73,11 @@ class VideoEncoderConfig:
             tubelet = self.tubelet
             raise ValueError(f"{frames} frames do not fill tubelets of {tubelet}; use a multiple of {tubelet}")
         return max(1, frames // self.tubelet)
+
+    @property
+    def view(self) -> int:
+        """Frames that have to come one after the other over the whole clip; see `loader.in_views`."""
+        return self.tubelet if self.tubes == "spread" else 1
 
     def sequences(self, frames: int) -> int:
         """Sequences that a clip of this many frames is run as."""

@@ -20,8 +20,7 @@ from smaug.recipe import Recipe
 
 def recipe(size: str = "tiny") -> Recipe:
     model = SIZES[size]
-    moments = 3 if size == "tiny" else 4
-    video = replace(model.video, attend="frame", frames=moments * model.video.tubelet, temporal_layers=1)
+    video = replace(model.video, attend="frame", tubes="spread", frames=4 * model.video.tubelet, temporal_layers=1)
     fusion = FusionConfig(depth=1 if size == "tiny" else 3, heads=model.text.heads)
     return Recipe(
         name="dense",
@@ -29,4 +28,5 @@ def recipe(size: str = "tiny") -> Recipe:
         video_mask=VideoMask(ratio=0.0, kind="even"),
         text_mask=TextMask(ratio=0.0),
         objectives={"vtc": Vtc(), "vtm": Vtm(), "mlm": Mlm()},
+        eval_top=16 if size == "tiny" else 128,
     )

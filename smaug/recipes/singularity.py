@@ -31,4 +31,5 @@ def recipe(size: str = "tiny") -> Recipe:
         text_mask=TextMask(ratio=0.0),
         objectives={"vtc": Vtc(), "vtm": Vtm(), "mlm": Mlm()},
         eval_frames=4,
+        eval_top=16 if size == "tiny" else 128,
     )

@@ -31,7 +31,8 @@ def recipe(size: str = "tiny") -> Recipe:
     video = replace(
         model.video,
         attend="frame",
-        frames=(3 if size == "tiny" else 4) * model.video.tubelet,
+        tubes="spread",
+        frames=4 * model.video.tubelet,
         temporal_layers=1,
         prune=PruneConfig(blocks=(1,) if size == "tiny" else (3, 6, 9)),
     )
@@ -46,4 +47,5 @@ def recipe(size: str = "tiny") -> Recipe:
         video_mask=VideoMask(ratio=0.6, kind="even"),
         text_mask=TextMask(ratio=0.0),
         objectives={"vtc": Vtc(), "vtm": Vtm(), "mlm": Mlm(), "mvm": Mvm()},
+        eval_top=16 if size == "tiny" else 128,
     )

@@ -17,7 +17,7 @@ from PIL import Image
 from smaug.data import shapes, text
 from smaug.data.clips import DataConfig, open_manifest, open_shapes
 from smaug.data.decode import DecodeError
-from smaug.data.loader import AHEAD, Loader, middle_frames
+from smaug.data.loader import AHEAD, Loader, in_views, middle_frames
 from smaug.data.manifest import ManifestError, Skip
 from smaug.masks import TextMask
 
@@ -26,10 +26,12 @@ VIDEOS, IMAGES = 9, 4
 FRAMES = 12
 
 
-def loader(clips, batch=4, seed=0, frames=4, mask=TextMask(0.4), mlm=0.5, **config):  # noqa: B008
+def loader(clips, batch=4, seed=0, frames=4, view=1, mask=TextMask(0.4), mlm=0.5, **config):  # noqa: B008
     tokenizer = text.train_tokenizer([c for s in clips.samples for c in s.captions], 300)
     config = DataConfig(batch=batch, **config)
-    return Loader(clips, tokenizer, config, frames=frames, max_words=16, text_mask=mask, mlm_ratio=mlm, seed=seed)
+    return Loader(
+        clips, tokenizer, config, frames=frames, view=view, max_words=16, text_mask=mask, mlm_ratio=mlm, seed=seed
+    )
 
 
 def same_words(a, b):
@@ -322,3 +324,49 @@ def test_middle_frames(broken):
     mixed_up = ((shuffled[0].video.float().mean((2, 3, 4)) - 20) / 12).round().int()
     assert mixed_up.sort(1).values.tolist() == numbers.tolist() and len({tuple(r) for r in mixed_up.tolist()}) > 2
     assert torch.equal(again[0].video, shuffled[0].video[3:6])
+
+
+@pytest.mark.parametrize(
+    "frames, view, order",
+    [
+        (8, 4, [0, 2, 4, 6, 1, 3, 5, 7]),
+        (8, 2, [0, 4, 1, 5, 2, 6, 3, 7]),
+        (12, 4, [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]),
+        (4, 4, [0, 1, 2, 3]),
+        (8, 1, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (1, 4, [0]),
+    ],
+)
+def test_in_views(frames, view, order):
+    clip = np.random.default_rng(0).integers(256, size=(frames, 2, 3, 3), dtype=np.uint8)
+    seen = in_views(clip, view)
+    assert seen.dtype == np.uint8 and (seen == clip[order]).all()
+    assert sorted(order) == list(range(frames))  # every frame once
+
+
+def test_views_span_the_clip(mixed):
+    """Of 8 frames, one from each eighth of the clip, a view has every second: it begins in the first quarter and ends
+    in the last. All else in the batch is as without views."""
+    source, plain = loader(mixed, batch=13, frames=8, view=4), loader(mixed, batch=13, frames=8)
+    for epoch in range(4):
+        batch, before = source.batch(epoch), plain.batch(epoch)
+        videos, images = batch.groups
+        assert videos.video.shape == (9, 8, 32, 32, 3) and images.video.shape == (4, 1, 32, 32, 3)
+        numbers = ((videos.video.float().mean((2, 3, 4)) - 20) / 12).round().int().view(9, 2, 4)
+        assert (numbers.diff(dim=2) > 0).all()
+        assert (numbers[..., 0] < FRAMES / 4).all() and (numbers[..., 3] >= FRAMES * 3 / 4 - 0.5).all()
+        assert torch.equal(videos.video, before.groups[0].video[:, [0, 2, 4, 6, 1, 3, 5, 7]])
+        assert same(replace(batch, groups=(before.groups[0], images)), before)
+
+
+def test_middle_frames_in_views(broken):
+    ((videos, images), _) = middle_frames(broken, range(1, 12), 4, view=2)
+    plain, _ = middle_frames(broken, range(1, 12), 4)
+    numbers = ((videos.video.float().mean((2, 3, 4)) - 20) / 12).round().int()
+    assert numbers.tolist() == [[1, 7, 4, 10]] * 7
+    assert torch.equal(images.video, plain[1].video) and torch.equal(videos.samples, plain[0].samples)
+    # Shuffled are all frames of the clip, and not those within a view or the views.
+    shuffled, _ = middle_frames(broken, range(9), 4, view=2, shuffle=True)
+    mixed_up = ((shuffled[0].video.float().mean((2, 3, 4)) - 20) / 12).round().int()
+    assert mixed_up.sort(1).values.tolist() == [[1, 4, 7, 10]] * 8
+    assert len({frozenset(row[:2]) for row in mixed_up.tolist()}) > 2

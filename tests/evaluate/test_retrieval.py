@@ -1,5 +1,6 @@
 """Retrieval on a model whose vectors are planted, so that every rank is known beforehand."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -58,8 +59,8 @@ class Planted(nn.Module):
             return torch.stack([table[words[n]] for n in numbers]), packed
 
         self.video, self.text, self.fusion, self.selector = video, texts_of, None, None
-        grid = lambda frames: (frames, 1, 1)  # noqa: E731
-        video.config, texts_of.config = SimpleNamespace(patches=1, grid=grid), SimpleNamespace(max_words=4)
+        video.config = VideoEncoderConfig(image_size=8, patch=8, tubelet=1)
+        texts_of.config = SimpleNamespace(max_words=4)
 
 
 def planted(table, captions, frame=0, frames_of=None, subsets=None):
@@ -281,3 +282,27 @@ def test_dense_scoring_prunes_nothing_and_fuses_every_frame():
     assert model.video(
         [(torch.zeros(1, 4, 8, 8, 3, dtype=torch.uint8), torch.arange(16, dtype=torch.int32)[None])]
     ).frames.lengths == 4  # fmt: skip
+
+
+def spread(model):
+    """The same model with tubes of 4 frames that span the clip; its weights are then of the wrong size."""
+    model.video.config = replace(model.video.config, tubelet=4, tubes="spread")
+    return model
+
+
+@pytest.mark.parametrize("frames", [2, 6])
+def test_frames_that_do_not_fill_the_tubes_are_refused_before_any_is_read(frames, monkeypatch):
+    model, clips, tokenizer = two_stages()
+    monkeypatch.setattr(Clips, "read", lambda *given: pytest.fail("it read a clip"))
+    with pytest.raises(ValueError, match=f"{frames} frames do not fill .*multiple of 4") as error:
+        retrieval(spread(model), clips, tokenizer, frames=frames, max_bad=0.05)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tubes, order", [("adjacent", [0, 1, 2, 3]), ("spread", [0, 2, 1, 3])])
+def test_the_model_sees_frames_in_the_order_of_its_tubes(tubes, order):
+    frames_of = np.zeros((3, 4), np.uint8) + np.arange(4, dtype=np.uint8)
+    model, clips, tokenizer = planted(torch.eye(4)[:3], [(0,), (1,), (2,)], frames_of=frames_of)
+    model.video.config = replace(model.video.config, tubelet=2, tubes=tubes)
+    retrieval(model, clips, tokenizer, frames=4, max_bad=0.05)
+    assert model.video_calls[-1][0][:, :, 0, 0, 0].tolist() == [order] * 3
