@@ -19,6 +19,9 @@ class FrameSelectorConfig:
     keep: int = 0  # frames a pair; 0: all, and there is no selector
     score: Literal["learned", "random"] = "learned"  # "random" is the twin in the benchmark
     width: int = 64  # of the space in which a frame meets a text
+    # Whose words choose: those of the pair's text, or in training, as an ablation, those of the video's own caption.
+    # The latter tells the match head which pairs are true.
+    query: Literal["pair", "own"] = "pair"
 
 
 class FrameSelector(nn.Module):
@@ -30,10 +33,6 @@ class FrameSelector(nn.Module):
 
     def __init__(self, video_width: int, text_width: int, config: FrameSelectorConfig) -> None:
         super().__init__()
-        if config.keep == 1 and config.score == "learned":
-            raise ValueError(
-                "a frame selector that keeps one frame cannot learn: softmax cancels a gate on all keys; keep 2"
-            )
         self.config = config
         self.frame = nn.Linear(video_width, config.width)
         self.text = nn.Linear(text_width, config.width)

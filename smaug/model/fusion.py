@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,6 +45,7 @@ class FusionBlock(nn.Module):
     def forward(self, words: PackedTokens, frames: PackedTokens, kv_ids: Tensor, gate: Tensor | None) -> PackedTokens:
         x = words.values
         x = x + self.attention(words.with_values(self.norm1(x)))[0]
+        single = gate is not None and gate.shape[1] == 1
         q = self.query(self.norm_cross(x)).unflatten(1, (self.heads, -1))
         k, v = self.key_value(frames.values).view(len(frames.values), 2, self.heads, -1).unbind(1)
         o = ops.attention(
@@ -53,12 +55,19 @@ class FusionBlock(nn.Module):
             words.cu_seqlens,
             frames.cu_seqlens,
             kv_ids=kv_ids,
-            segment_bias=gate,
+            segment_bias=None if single else gate,
             lengths_q=words.lengths,
             lengths_k=frames.lengths,
             impl=self.impl,
         )
-        x = x + self.proj(o.flatten(1))
+        o = o.flatten(1)
+        if single:
+            # The softmax would cancel a number added to all keys. So the gate scales what was read: top-1 routing of
+            # Switch Transformer, Fedus et al. 2022, section 2.1.
+            assert gate is not None
+            rows = torch.arange(words.rows, device=x.device)
+            o = o * (1 + gate.index_select(0, torch.searchsorted(words.cu_seqlens[1:], rows, right=True))).to(o.dtype)
+        x = x + self.proj(o)
         return words.with_values(x + self.down(F.gelu(self.up(self.norm2(x)))))
 
 

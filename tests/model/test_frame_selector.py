@@ -45,7 +45,7 @@ def test_enough_room_keeps_all_and_needs_no_gate(keep):
     assert torch.equal(kept, kv_ids) and gate is None
 
 
-@pytest.mark.parametrize("keep", [2, 3, 4])
+@pytest.mark.parametrize("keep", [1, 2, 3, 4])
 def test_the_best_frames_stay_in_order(keep):
     made, (frames, text, kv_ids) = selector(keep), inputs(missing=False)
     kept, gate = made(frames, text, kv_ids)
@@ -58,12 +58,13 @@ def test_the_best_frames_stay_in_order(keep):
     assert torch.equal(back, kept.flip(1))
 
 
-def test_the_gate_is_nothing_with_the_gradient_of_the_probability():
-    made, (frames, text, kv_ids) = selector(3), inputs()
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_gate_is_nothing_with_the_gradient_of_the_probability(keep):
+    made, (frames, text, kv_ids) = selector(keep), inputs()
     _, gate = made(frames, text, kv_ids)
-    assert (gate == 0).all()
+    assert gate.shape == (P, keep) and (gate == 0).all()
     truth = probabilities(made, frames, text, kv_ids)
-    chosen = truth.topk(3, 1).indices.sort(1).values
+    chosen = truth.topk(keep, 1).indices.sort(1).values
     weight = torch.randn(gate.shape, generator=torch.Generator().manual_seed(3))
     weight = weight.masked_fill(truth.gather(1, chosen) == 0, 0)  # no frame, no gradient
     leaves = {**dict(made.named_parameters()), "frames": frames, "text": text}
@@ -131,11 +132,15 @@ def toy(generator, pairs, codes):
     return frames, codes[asked], sign.gather(1, place[:, None])[:, 0], place
 
 
-def test_it_learns_which_frame_matters():
-    """Told nothing but right or wrong answers, it comes to keep the one frame of six that the text asks about."""
+# A frame that is not kept says nothing of itself, so with room for one alone some codes are found late or never: 54 to
+# 64 % are right after these 200 steps, by the seed. Without a gradient it stays at chance.
+@pytest.mark.parametrize("keep, least", [(1, 0.45), (2, 0.9)])
+def test_it_learns_which_frame_matters(keep, least):
+    """Told nothing but right or wrong answers, it comes to keep the one frame of six that the text asks about. The
+    five others carry signs that have nothing to do with the answer."""
     torch.manual_seed(0)
     pairs, codes = 96, F.normalize(torch.randn(8, 28), dim=1) * 4
-    made = FrameSelector(32, 28, FrameSelectorConfig(keep=2, width=16))
+    made = FrameSelector(32, 28, FrameSelectorConfig(keep, width=16))
     fusion, enter, head = Fusion(32, 32, FusionConfig(depth=1, heads=2)), nn.Linear(28, 32), nn.Linear(32, 2)
     modules = nn.ModuleList([made, fusion, enter, head])
     optimizer = torch.optim.Adam(modules.parameters(), lr=3e-3)
@@ -151,12 +156,5 @@ def test_it_learns_which_frame_matters():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert sum(found[:3]) / 3 < 0.6  # chance is a third
-    assert sum(found[-10:]) / 10 > 0.9, found[::20]
-
-
-def test_one_frame_cannot_be_learned():
-    """A gate on the only segment adds the same to every key, and softmax takes it away again."""
-    with pytest.raises(ValueError, match="keep 2"):
-        selector(1)
-    selector(1, "random")
+    assert sum(found[:3]) / 3 < keep / 6 + 0.25  # chance is keep / 6
+    assert sum(found[-10:]) / 10 > least, found[::20]

@@ -120,3 +120,68 @@ def test_a_frame_that_is_not_named_is_not_seen():
     assert not torch.equal(
         made(*tokens(words, other), KV_IDS, None).values, made(*tokens(words, frames), KV_IDS, None).values
     )
+
+
+ONE = torch.tensor([[0], [2], [3], [2], [-1]], dtype=torch.int32)  # a frame for each text, shared by two; none for one
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_gate_on_the_only_frame_changes_nothing_while_it_is_zero(impl):
+    made, (words, frames, _) = fusion(impl), inputs()
+    plain, gated = (made(*tokens(words, frames), ONE, gate).values for gate in (None, torch.zeros(len(TEXTS), 1)))
+    assert torch.equal(plain, gated)
+    g = torch.randn(plain.shape, generator=torch.Generator().manual_seed(2))
+    leaves = [words, frames, *made.parameters()]
+    for a, b in zip(torch.autograd.grad(gated, leaves, g), torch.autograd.grad(plain, leaves, g), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_gate_on_the_only_frame_learns_from_what_was_read(depth):
+    """d loss / d gate of a pair: the sum of grad_o * o over its words, in every block; and as differences say."""
+    made, (words, frames, _) = fusion("reference", depth).double(), inputs()
+    words, frames, read = words.double(), frames.double(), []
+    g = torch.randn(words.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+    def loss(gate):
+        return (made(*tokens(words, frames), ONE, gate).values * g).sum()
+
+    gate = torch.zeros(len(TEXTS), 1, dtype=torch.float64, requires_grad=True)
+    for block in made.blocks:
+        block.proj.register_forward_hook(lambda _, given, out: read.append(given[0]))
+    total = loss(gate)
+    (got, *grads) = torch.autograd.grad(total, [gate, *read])
+    products = sum((grad * o).sum(1) for grad, o in zip(grads, read, strict=True))  # o itself, as the gate is 0
+    assert len(read) == depth
+    want = torch.stack([own.sum() for own in products.split(list(TEXTS))])[:, None]
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-9)
+    assert (want[:-1].abs() > 1e-3).all() and want[-1] == 0  # who sees nothing has nothing to scale
+    with torch.no_grad():
+        eps = 1e-5 * torch.eye(len(TEXTS), dtype=torch.float64)[:, :, None]
+        slope = torch.stack([(loss(e) - loss(-e)) / 2e-5 for e in eps])[:, None]
+    torch.testing.assert_close(got, slope, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_each_text_has_the_gate_of_its_own_pair(impl):
+    """With -1 it reads nothing, as if it saw no frame; the others read as they did."""
+    made, (words, frames, _) = fusion(impl), inputs()
+    gate = torch.zeros(len(TEXTS), 1)
+    before = made(*tokens(words, frames), ONE, gate).values.split(list(TEXTS))
+    for pair in range(len(TEXTS) - 1):
+        closed = gate.index_fill(0, torch.tensor(pair), -1.0)
+        blind = ONE.index_fill(0, torch.tensor(pair), -1)
+        after, truth = (made(*tokens(words, frames), i, c).values for i, c in ((ONE, closed), (blind, gate)))
+        torch.testing.assert_close(after, truth, atol=1e-6, rtol=1e-5)
+        for other, rows in enumerate(after.split(list(TEXTS))):
+            moved = (rows - before[other]).abs().amax(1)
+            assert (moved > 1e-2).all() if other == pair else (moved < 1e-6).all()
+
+
+def test_the_gate_on_the_only_frame_keeps_the_precision_of_autocast():
+    made, (words, frames, _) = fusion(), inputs()
+    gate, inside = torch.zeros(len(TEXTS), 1, requires_grad=True), []
+    made.blocks[0].proj.register_forward_hook(lambda _, given, out: inside.append(given[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        made(*tokens(words, frames), ONE, gate).values.square().sum().backward()
+    assert inside == [torch.bfloat16] and gate.grad.dtype == torch.float32 and gate.grad[:-1].abs().min() > 0
