@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import platform
 import time
@@ -38,11 +39,21 @@ def choose(fast: bool, device: str = "auto") -> Way:
         return Way(
             torch.device(kind), torch.bfloat16, "auto", "bf16, since every CUDA device that Triton serves has it"
         )
+    _keep_memory()
     if _cpu_has_bf16():
         return Way(
             torch.device(kind), torch.bfloat16, "auto", "bf16, since the processor multiplies it; fused attention"
         )
     return Way(torch.device(kind), torch.float32, "auto", "fp32, since the processor has no bf16; fused attention")
+
+
+def _keep_memory() -> None:
+    """Tells glibc to keep freed memory. By default a large block goes back to the system, and every page of the next
+    one costs a fault: 8,000 of them a step of recipe smaug, 5 % of its time."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # not in every C library
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: and the heap does not shrink
 
 
 def _cpu_has_bf16() -> bool:

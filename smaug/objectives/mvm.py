@@ -32,11 +32,11 @@ class Mvm:
         visible = [seen.video.stayed] + (seen.video.left if self.decoder.decoder_input == "exit" else [])
         rebuilt = heads(visible, torch.cat([ids.flatten(0, 1) for ids in chosen]))
         total = sum(ids.numel() for ids in chosen)
-        losses, first = [], 0
-        for group, ids in zip(seen.removed, chosen, strict=True):
-            clips, sequences, each = ids.shape
-            pred = rebuilt[first : first + clips * sequences].reshape(clips, sequences * each, -1)
-            first += clips * sequences
+        losses = []
+        # split, not slices: the gradient of a slice is a zero tensor of the whole
+        parts = rebuilt.split([len(ids) * ids.shape[1] for ids in chosen])
+        for group, ids, part in zip(seen.removed, chosen, parts, strict=True):
+            pred = part.reshape(len(ids), ids[0].numel(), -1)
             tube = heads.tube
             if group.video.shape[1] == 1:  # an image: the mean over the tube's frames speaks for it
                 pred, tube = pred.unflatten(2, (3, tube[0], -1)).mean(3).flatten(2), (1, *tube[1:])
