@@ -1,0 +1,149 @@
+"""The sweep that chose the settings of recipe smaug: one change at a time, scored on the val split.
+
+    python -m benchmarks.sweep                    # two cores: --part 0 2 and --part 1 2 side by side
+
+Each setting trains for the same number of steps, so with the same clips, and appends one line to the results: what was
+changed, GFLOP of a step once pruning is warm, R@1. Lines that are there are not run again. One seed, 500 candidates:
+differences under four points are noise, as the second seed of the unchanged recipe shows.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.bench_time_to_result import RESULTS, Trial, append
+from smaug import ops, recipe
+from smaug.masks import TextMask
+from smaug.recipe import Recipe
+from smaug.step import training_step
+
+Change = Callable[[Recipe], Recipe]
+
+
+def at(path: str, value: Any) -> Change:
+    """Sets the field at a dotted path of the recipe, objectives by their names."""
+
+    def change(target: Any, names: list[str]) -> Any:
+        if not names:
+            return value
+        if isinstance(target, dict):
+            return {**target, names[0]: change(target[names[0]], names[1:])}
+        return dataclasses.replace(target, **{names[0]: change(getattr(target, names[0]), names[1:])})
+
+    return lambda r: change(r, path.split("."))
+
+
+def both(*changes: Change) -> Change:
+    def change(r: Recipe) -> Recipe:
+        for each in changes:
+            r = each(r)
+        return r
+
+    return change
+
+
+def without(objective: str) -> Change:
+    return lambda r: dataclasses.replace(r, objectives={k: v for k, v in r.objectives.items() if k != objective})
+
+
+def other(name: str, *changes: Change) -> Change:
+    """Another recipe, trained for as many steps."""
+    return lambda r: both(*changes)(dataclasses.replace(recipe.load(name), optim=r.optim))
+
+
+PRUNE, KEEP, DECODER = "model.video.prune", "model.selector.keep", "objectives.mvm.decoder"
+SETTINGS: dict[tuple[str, str], Change] = {
+    ("recipe", "seed 0"): at("seed", 0),
+    ("recipe", "seed 1"): at("seed", 1),
+    **{("learning rate", str(x)): at("optim.lr", x) for x in (2e-3, 5e-4)},
+    **{("mask ratio", str(x)): at("video_mask.ratio", x) for x in (0.75, 0.4, 0.0)},
+    ("pruning", "none"): at(f"{PRUNE}.blocks", ()),
+    ("pruning", "random"): at(f"{PRUNE}.score", "random"),
+    ("mvm", "none"): without("mvm"),
+    ("vtm negatives", "1"): at("objectives.vtm.negatives", 1),
+    ("frames in", "8, 1 kept"): both(at("model.video.frames", 8), at(KEEP, 1)),
+    ("pruning keeps", "0.5"): at(f"{PRUNE}.keep", 0.5),
+    ("frames kept", "2, random"): at("model.selector.score", "random"),
+    ("frames kept", "all"): at(KEEP, 0),
+    **{("dense, learning rate", str(x)): other("dense", at("optim.lr", x)) for x in (1e-3, 5e-4, 2e-3)},
+    **{("decoder share", str(x)): at(f"{DECODER}.share", x) for x in (0.25, 1.0)},
+    ("mask kind", "tube"): at("video_mask.kind", "tube"),
+    ("frames kept", "1"): at(KEEP, 1),
+    ("pruning keeps", "0.3"): at(f"{PRUNE}.keep", 0.3),
+    ("pruning keeps", "0.3, random"): both(at(f"{PRUNE}.keep", 0.3), at(f"{PRUNE}.score", "random")),
+    ("pruning at blocks", "0"): at(f"{PRUNE}.blocks", (0,)),
+    ("pruning at blocks", "0 and 1"): at(f"{PRUNE}.blocks", (0, 1)),
+    ("vtc sees", "85 % of the words"): at("text_mask", TextMask(0.15)),
+    ("last steps unmasked", "10 %"): at("unmask_last", 0.1),
+    ("tubes", "adjacent"): at("model.video.tubes", "adjacent"),
+    ("tubes", "adjacent, 2 random frames"): both(
+        at("model.video.tubes", "adjacent"), at("model.selector.score", "random")
+    ),
+    ("pruned tokens", "dropped, not fused"): at(f"{PRUNE}.fuse", "none"),
+    ("decoder input", "mask"): at(f"{DECODER}.decoder_input", "mask"),
+    ("decoder width", "32"): at(f"{DECODER}.width", 32),
+    **{
+        ("one sequence a clip, mask kind", kind): both(
+            at("model.video.attend", "clip"), at("video_mask.kind", kind), at(KEEP, 0)
+        )
+        for kind in ("random", "block", "frame")
+    },
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    steps: int = 350
+    part: tuple[int, int] = (0, 1)  # this process's share of the settings: every second of the pair, from the first
+    only: str = ""  # settings whose name holds this
+    results: Path = RESULTS / "sweep.csv"
+
+
+def run(name: tuple[str, str], options: Options, console: Console) -> None:
+    base = recipe.load("smaug")
+    chosen = SETTINGS[name](dataclasses.replace(base, optim=dataclasses.replace(base.optim, steps=options.steps)))
+    trial = Trial(chosen)
+    for _ in range(options.steps):
+        losses = trial.step()
+    ops.register_flops()
+    batch = dataclasses.replace(trial.loader.batch(0), step=options.steps // 2)
+    with trial.way.autocast(), FlopCounterMode(display=False) as counter:
+        training_step(trial.model, chosen, batch)[0].backward()
+    result: dict[str, object] = {"setting": name[0], "value": name[1], "steps": options.steps}
+    result["gflop"] = f"{counter.get_total_flops() / 1e9:.2f}"
+    how: dict[str, dict[str, bool]] = {"": {}, "_shuffled": {"shuffle": True}, "_dense": {"sparse": False}}
+    for suffix, flags in how.items():
+        scores = trial.evaluate(**flags)
+        result[f"t2v_r1{suffix}"] = f"{scores['t2v_r1']:.3f}"
+        if not suffix:
+            result["t2v_r1_dual"] = f"{scores['t2v_r1_dual']:.3f}"
+    result |= {k: f"{losses[k].item():.3f}" if k in losses else "" for k in ("vtc", "vtm", "mlm", "mvm")}
+    append(options.results, list(result), [list(result.values())])
+    console.print("  ".join(f"{k} {v}" for k, v in result.items()), highlight=False)
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    done = set()
+    if options.results.exists():
+        with open(options.results, newline="") as file:
+            done = {(row["setting"], row["value"]) for row in csv.DictReader(file)}
+    torch.set_num_threads(1 if options.part[1] > 1 else torch.get_num_threads())
+    wanted = [name for name in SETTINGS if options.only in ": ".join(name)]
+    for name in wanted[options.part[0] :: options.part[1]]:
+        if name not in done:
+            run(name, options, Console())
+
+
+if __name__ == "__main__":
+    main()
