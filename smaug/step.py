@@ -61,12 +61,12 @@ def keep_rate(recipe: Recipe, step: int) -> float:
 
 def text_views(recipe: Recipe, batch: Batch) -> dict[str, PackedTokens]:
     """What the objectives want to see of the captions; two views may be one object."""
-    needs = [type(objective) for objective in recipe.objectives.values()]
     views = {"contrast": batch.contrast}
-    if Vtm in needs:
-        views["whole"] = batch.words
-    if Mlm in needs and batch.masked is not None:
-        views["masked"] = batch.masked
+    for objective in recipe.objectives.values():
+        if isinstance(objective, Vtm):
+            views["match"] = batch.words if objective.words == "whole" else batch.contrast
+        if isinstance(objective, Mlm) and batch.masked is not None:
+            views["masked"] = batch.masked
     return views
 
 
@@ -116,8 +116,8 @@ def fuse(
             scores = contrast_scores(model, features["contrast"], video.features)
             negatives, found = hard_negatives(scores, same, objective.negatives, recipe.seed, batch.step)
             copies = 1 + negatives.shape[1]
-            texts += [words["whole"]] * copies
-            summaries += [features["whole"]] * copies
+            texts += [words["match"]] * copies
+            summaries += [features["match"]] * copies
             videos += [own, *negatives.unbind(1)]
             valid += [torch.ones_like(found[:, 0]), *found.unbind(1)]
     if "masked" in words:
@@ -128,7 +128,10 @@ def fuse(
     kv_ids = video.frame_ids.index_select(0, torch.cat(videos))
     gate = None
     if model.selector is not None:
-        kv_ids, gate = model.selector(video.summaries, torch.cat(summaries), kv_ids, seed=recipe.seed, step=batch.step)
+        query = torch.cat(summaries)
+        if model.selector.config.query == "own":
+            query = features.get("match", features["contrast"]).index_select(0, torch.cat(videos))
+        kv_ids, gate = model.selector(video.summaries, query, kv_ids, seed=recipe.seed, step=batch.step)
     fused = model.fusion(cat_tokens(texts), video.frames, kv_ids, gate)
 
     pairs = masked = None

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from tokenizers import Tokenizer
+from torch import nn
 
 import smaug
 from smaug import checkpoint, device
@@ -34,12 +35,14 @@ from smaug.data.shapes import DamagedError
 from smaug.data.text import train_tokenizer
 from smaug.evaluate.scores import evaluate, print_result
 from smaug.model.model import SIZES, Model
+from smaug.objectives.mlm import Mlm
+from smaug.objectives.vtm import Vtm
 from smaug.optim import adamw, learning_rate
 from smaug.recipe import Recipe
 from smaug.run import build, open_loader, open_split, progress, read_config, write
 from smaug.step import keep_rate, text_views, training_step, video_mask
 
-DEFAULT_RECIPE = "mac"
+DEFAULT_RECIPE = "smaug"
 
 
 @dataclass(frozen=True)
@@ -234,14 +237,20 @@ def count_tokens(recipe: Recipe, batch: Batch) -> tuple[int, int]:
 
 
 def predicted_seconds(model: Model, recipe: Recipe, steps: int, rate: float) -> float:
-    """Rough: 6 FLOPs a weight and token, at a quarter of the machine's matrix rate, which is what size tiny reaches on
-    two cores. Attention and data are not in it."""
-    video, text = recipe.model.video, recipe.model.text
-    rows = 1 + recipe.video_mask.keep(video.times(video.frames), video.patches)
-    weights = sum(p.numel() for p in model.video.blocks.parameters())
-    words = sum(p.numel() for p in model.text.blocks.parameters())
-    flops = 6 * (weights * rows + words * min(16, text.max_words)) * recipe.data.batch * steps
-    return flops / (0.25 * rate)
+    """Rough: 6 FLOPs a weight and token, at a third of the machine's matrix rate, which is what size tiny reaches on
+    two cores. Attention, pruning, the pixel decoder and data are not in it."""
+    video, words = recipe.model.video, min(12, recipe.model.text.max_words)
+    kept = recipe.video_mask.keep(video.times(video.frames), video.patches)
+    vtm = next((o for o in recipe.objectives.values() if isinstance(o, Vtm)), None)
+    masked = any(isinstance(o, Mlm) for o in recipe.objectives.values())
+    rows: list[tuple[nn.Module | None, int]] = [
+        (model.video.patch_embed, kept),
+        (model.video.blocks, kept + video.sequences(video.frames)),
+        (model.text.blocks, words * (1 + masked)),
+        (model.fusion, words * ((1 + vtm.negatives if vtm else 0) + masked)),
+    ]
+    flops = sum(6 * n * sum(p.numel() for p in part.parameters()) for part, n in rows if part is not None)
+    return flops * recipe.data.batch * steps / (rate / 3)
 
 
 class Loop:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +22,8 @@ class Vtm:
 
     weight: float = 1.0
     negatives: int = 2  # videos a text, none of the same clip or with the same caption
+    # The whole caption, or what the contrast sees of it: without its motion word it may fit the negative as well.
+    words: Literal["whole", "contrast"] = "whole"
 
     def heads(self, model: ModelConfig, vocabulary: int) -> nn.Linear:
         head = nn.Linear(model.text.width, 2)
