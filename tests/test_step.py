@@ -359,6 +359,34 @@ def test_each_pair_is_fused_as_if_alone(setup, images, monkeypatch):
         assert torch.equal(masked.rows, batch.masked_rows) and torch.equal(masked.labels, batch.masked_labels)
 
 
+@pytest.mark.parametrize("query", ["pair", "own"])
+def test_whose_words_choose_the_frames(query, shapes_cache):
+    recipe, loader, tokenizer = made("smaug")
+    selector = dataclasses.replace(recipe.model.selector, query=query)
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, selector=selector))
+    model, seen = model_of(recipe, tokenizer, "auto"), []
+    model.fusion.register_forward_pre_hook(lambda _, given: seen.append(given[2]))
+    with torch.no_grad():
+        training_step(model, recipe, loader.batch(0))
+    chosen: dict[int, set[tuple[int, ...]]] = {}
+    for row in seen[0].tolist():
+        chosen.setdefault(row[0] // 2, set()).add(tuple(row))  # a clip has two moments
+    assert len(chosen) == 16 and len(seen[0]) == 16 * 4
+    most = max(len(rows) for rows in chosen.values())
+    assert most == 1 if query == "own" else most > 1
+
+
+@pytest.mark.parametrize("words", ["whole", "contrast"])
+def test_what_the_match_head_reads(words, shapes_cache):
+    recipe, loader, tokenizer = made("smaug")
+    objectives = recipe.objectives | {"vtm": dataclasses.replace(recipe.objectives["vtm"], words=words)}
+    recipe = dataclasses.replace(recipe, text_mask=TextMask(0.5), objectives=objectives)
+    batch = open_loader(recipe, loader.clips, tokenizer).batch(0)
+    views = steps.text_views(recipe, batch)
+    assert batch.contrast.rows < batch.words.rows
+    assert views["match"] is (batch.words if words == "whole" else batch.contrast)
+
+
 def test_every_view_of_the_words_is_encoded_as_if_alone(setup):
     recipe, batch, tokenizer = setup
     views = {"contrast": batch.contrast, "match": batch.words}

@@ -1,7 +1,9 @@
 """Retrieval: every caption against every clip. Nothing is masked; pruning and frame selection are as they were trained.
 
 Two stages where the model has a match head: the dual encoder ranks all, the match head ranks the best `top` again
-(Singularity, Lei et al. 2023, and its code: what is not among them ranks behind).
+(Singularity, Lei et al. 2023, and its code: what is not among them ranks behind). Singularity ranks them by the match
+logit alone. But that logit was trained against negatives drawn in proportion to exp(dual logit), so it says how much
+likelier a match is than such a draw: log p(match) = match logit + dual logit + constant. Both count here.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def retrieval(
 ) -> Retrieval:
     """t2v_r1 ... v2t_medr of the first 500 clips, and t2v_r1_{subset} for each subset among all candidates.
 
-    With a match head these are the scores after the second stage on the best `top`, and t2v_r1_dual, v2t_r1_dual those
+    With a match head these are the scores after the second stage on the best `top`, t2v_r1_dual and v2t_r1_dual those
     before it. Each clip is seen by `frames` middle frames, in a random order with `shuffle`; without `sparse` no patch
     is pruned and every frame is fused.
     """
@@ -72,7 +74,7 @@ def retrieval(
         t2v, v2t = (side.topk(min(top, side.shape[1]), dim=1).indices for side in (dual, dual.T))
         pairs = {"t2v": (_rows(t2v), t2v.flatten()), "v2t": (v2t.flatten(), _rows(v2t))}
         for direction, (key, (text_ids, video_ids)) in enumerate(pairs.items()):
-            scores = _match(model, videos, features, words, text_ids, video_ids, sparse)
+            scores = dual.cpu() + _match(model, videos, features, words, text_ids, video_ids, sparse)
             ranks[key] = retrieval_ranks(scores, video_of_text)[direction]
 
     found = recalls(ranks["t2v"], "t2v") | recalls(ranks["v2t"], "v2t") | found | {"candidates": float(len(numbers))}

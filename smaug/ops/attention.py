@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 from smaug.tokens import Lengths
 
 # Scores of one chunk, in elements: about what the second-level cache of one core holds in fp32.
-_CHUNK = 1 << 18
+_CHUNK = 1 << 19
 
 
 class _Bucket(NamedTuple):
@@ -28,12 +29,44 @@ class _Bucket(NamedTuple):
 
 
 def _offsets(cu_seqlens: Tensor, lengths: Sequence[int]) -> np.ndarray:
-    count = cu_seqlens.shape[0] - 1
+    if lengths:
+        return _starts(cu_seqlens.shape[0] - 1, lengths)
+    return cu_seqlens.detach().cpu().numpy().astype(np.int64)  # the read; none when the host knows the lengths
+
+
+def _starts(count: int, lengths: Sequence[int]) -> np.ndarray:
     if len(lengths) == 1:
         return np.arange(count + 1, dtype=np.int64) * int(lengths[0])
-    if lengths:
-        return np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))])
-    return cu_seqlens.detach().cpu().numpy().astype(np.int64)  # the read; none when the host knows the lengths
+    return np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))])
+
+
+def _plan(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    kv_ids: Tensor | None,
+    segments: bool,
+    lengths_q: Sequence[int],
+    lengths_k: Sequence[int],
+) -> tuple[int, list[_Bucket]]:
+    """Where the tail of the queries begins, and the buckets."""
+    if kv_ids is None and lengths_q and lengths_k:
+        count = cu_seqlens_q.shape[0] - 1, cu_seqlens_k.shape[0] - 1
+        return _known_plan(*count, segments, tuple(lengths_q), tuple(lengths_k), cu_seqlens_q.device)
+    cu_q, cu_k = _offsets(cu_seqlens_q, lengths_q), _offsets(cu_seqlens_k, lengths_k)
+    return int(cu_q[-1]), _buckets(cu_q, cu_k, kv_ids, segments, cu_seqlens_q.device)
+
+
+@functools.lru_cache(16)  # the layers of an encoder share it, forward and backward
+def _known_plan(
+    count_q: int,
+    count_k: int,
+    segments: bool,
+    lengths_q: tuple[int, ...],
+    lengths_k: tuple[int, ...],
+    device: torch.device,
+) -> tuple[int, list[_Bucket]]:
+    cu_q, cu_k = _starts(count_q, lengths_q), _starts(count_k, lengths_k)
+    return int(cu_q[-1]), _buckets(cu_q, cu_k, None, segments, device)
 
 
 def _buckets(
@@ -171,14 +204,14 @@ def _attention(
     heads_kv = k.shape[1]
     group = h // heads_kv
     acc = torch.promote_types(q.dtype, torch.float32)
-    cu_q, cu_k = _offsets(cu_seqlens_q, lengths_q), _offsets(cu_seqlens_k, lengths_k)
+    end, buckets = _plan(cu_seqlens_q, cu_seqlens_k, kv_ids, segment_bias is not None, lengths_q, lengths_k)
     o: Tensor | None = None
     lse = q.new_zeros((h, t_q), dtype=acc)
-    lse[:, : cu_q[-1]] = -torch.inf
+    lse[:, :end] = -torch.inf
     scores = q.new_zeros((k.shape[0] if key_scores else 0,), dtype=acc)
     uses = torch.zeros_like(scores) if kv_ids is not None else None
 
-    for bucket in _buckets(cu_q, cu_k, kv_ids, segment_bias is not None, q.device):
+    for bucket in buckets:
         n, nq, nk = bucket.sequences, bucket.len_q, bucket.len_k
         q_, k_, v_ = _take(q, bucket.rows_q), _take(k, bucket.rows_k), _take(v, bucket.rows_k)
         bias = _bucket_bias(bucket, heads_kv, segment_bias, key_bias, acc)
@@ -280,7 +313,7 @@ def _attention_backward(
     heads_kv = k.shape[1]
     group = h // heads_kv
     acc = torch.promote_types(q.dtype, torch.float32)
-    cu_q, cu_k = _offsets(cu_seqlens_q, lengths_q), _offsets(cu_seqlens_k, lengths_k)
+    _, buckets = _plan(cu_seqlens_q, cu_seqlens_k, kv_ids, segment_bias is not None, lengths_q, lengths_k)
     shared = kv_ids is not None  # a key row may serve several query sequences, so its gradients are summed
     dq: Tensor | None = None
     dkv: list[Tensor | None] = [x.new_zeros(x.shape, dtype=acc) if shared else None for x in (k, v)]
@@ -289,7 +322,7 @@ def _attention_backward(
     if grad is None:
         grad = q.new_zeros(q.shape)
 
-    for bucket in _buckets(cu_q, cu_k, kv_ids, segment_bias is not None, q.device):
+    for bucket in buckets:
         n, nq, nk = bucket.sequences, bucket.len_q, bucket.len_k
         q_, k_, v_ = _take(q, bucket.rows_q), _take(k, bucket.rows_k), _take(v, bucket.rows_k)
         g_, o_ = _take(grad, bucket.rows_q), _take(o, bucket.rows_q)

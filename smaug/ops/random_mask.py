@@ -24,9 +24,9 @@ def keep_count(n: int, ratio: float) -> int:
 
 def _multiply(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of constant * x, both unsigned 32-bit numbers held in int64."""
-    # 32 x 16 bits stay below 2^48, so int64 never wraps
-    upper, lower = constant * (x >> 16), constant * (x & 0xFFFF)
-    return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & _LOW32
+    # below 2^64: where the sign bit is set, the 64 bits are still those of the product
+    product = constant * x
+    return (product >> 32) & _LOW32, product & _LOW32
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

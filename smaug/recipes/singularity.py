@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from smaug.data.clips import DataConfig
 from smaug.masks import TextMask, VideoMask
 from smaug.model.fusion import FusionConfig
 from smaug.model.model import SIZES
 from smaug.objectives.mlm import Mlm
 from smaug.objectives.vtc import Vtc
 from smaug.objectives.vtm import Vtm
+from smaug.optim import OptimConfig
 from smaug.recipe import Recipe
 
 
@@ -31,5 +33,7 @@ def recipe(size: str = "tiny") -> Recipe:
         text_mask=TextMask(ratio=0.0),
         objectives={"vtc": Vtc(), "vtm": Vtm(), "mlm": Mlm()},
         eval_frames=4,
+        data=DataConfig(batch=128),
+        optim=OptimConfig(lr=1.5e-3, steps=600),
         eval_top=16 if size == "tiny" else 128,
     )

@@ -256,7 +256,8 @@ def test_the_match_head_ranks_the_best_again(top, sparse, monkeypatch):
         best = dual.topk(min(top, dual.shape[dim]), dim=dim).indices
         among = torch.zeros(dual.shape, dtype=torch.bool).scatter(dim, best, True)
         assert among.all() == (top == 100 or (top == 12 and dim == 1))
-        ranked[key] = match.masked_fill(~among, float("-inf"))  # what is not among them ranks behind
+        both = match + dual / 0.07  # the dual score as the contrast has it, over its temperature
+        ranked[key] = both.masked_fill(~among, float("-inf"))  # what is not among them ranks behind
     truth = expected(ranked["t2v"], ranked["v2t"], own)
     assert {key: found[key] for key in truth} == pytest.approx(truth)
     before = expected(dual, dual, own)
