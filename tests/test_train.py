@@ -150,7 +150,7 @@ def test_stopped_by_a_limit_and_gone_on_with(undisturbed, call, tmp_path):
 def test_killed_at_any_moment_and_gone_on_with(undisturbed, call, tmp_path):
     """With a checkpoint every 3 steps; and from what a run leaves that is killed before its first."""
     run, early = tmp_path / "run", tmp_path / "early"
-    command = [sys.executable, "-m", "smaug.train", *SHAPES, "--run-dir", str(run), "--checkpoint-every", "3"]
+    command = [sys.executable, "-m", "smaug.train", "mac", *SHAPES, "--run-dir", str(run), "--checkpoint-every", "3"]
     process = subprocess.Popen(
         command, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -189,7 +189,7 @@ def test_asked_to_stop(undisturbed, call, tmp_path, monkeypatch, number):
 
     before = signal.getsignal(number)
     monkeypatch.setattr(train, "training_step", interrupted)
-    code, out, _ = call(train.main, *SHAPES, "--run-dir", run)
+    code, out, _ = call(train.main, "mac", *SHAPES, "--run-dir", run)
     assert code == 0 and len(steps) == 4 and signal.getsignal(number) is before
     assert "finishing the step and saving" in out
     assert f"stopped at step 4 and saved; go on with:\n  python -m smaug.train --resume --run-dir '{run}'\n" in out
@@ -206,7 +206,7 @@ def test_a_second_ctrl_c_does_not_wait(call, tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(train, "training_step", interrupted)
-    code, _, err = call(train.main, *SHAPES, "--run-dir", tmp_path / "run")
+    code, _, err = call(train.main, "mac", *SHAPES, "--run-dir", tmp_path / "run")
     assert code == 130 and "stopped at once" in err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -219,7 +219,7 @@ def test_what_may_change_on_resume(undisturbed, call, tmp_path):
         assert (undisturbed / "metrics.jsonl").read_bytes() == before
         return err
 
-    assert "holds a run already; add --resume" in refused(*SHAPES)
+    assert "holds a run already; add --resume" in refused("mac", *SHAPES)
     assert re.search(r"differs .*: optim.lr was [^ ]+, is 0.0123", refused("--resume", "--optim.lr", "0.0123"))
     assert "video_mask.ratio" in refused("--resume", "--video-mask.ratio", "0.1")
     assert "seed was 0, is 3" in refused("--resume", "--seed", "3")
@@ -235,7 +235,7 @@ def test_what_may_change_on_resume(undisturbed, call, tmp_path):
 
 def test_limits_and_logging_may_change_on_resume(call, tmp_path):
     run = tmp_path / "run"
-    code, _, _ = call(train.main, *SHAPES, "--run-dir", run, "--max-steps", 2)
+    code, _, _ = call(train.main, "mac", *SHAPES, "--run-dir", run, "--max-steps", 2)
     assert code == 0
     code, out, _ = call(
         train.main, "mac", "--size", "tiny", "--resume", "--run-dir", run, "--max-steps", 7, "--log-every", 4,
@@ -307,12 +307,12 @@ def test_own_videos_and_images(call, own):
     flags = [*SMALL, "--data.manifest", "clips.csv", "stills.csv", "--data.root", own, "--data.batch", "8"]
     with open("clips.csv", "a") as f:
         f.write("\ngone[/y].mp4,a file that is not there\nbad [x].mp4,a file that is no video\n")
-    code, out, err = call(train.main, *flags, "--run-dir", "strict", "--optim.steps", "4")
+    code, out, err = call(train.main, "mac", *flags, "--run-dir", "strict", "--optim.steps", "4")
     assert code == 1 and err.startswith("smaug: ") and err.count("\n") == 1
     assert re.search(r"2 of 24 files cannot be used, more than the 5% that --data.max-bad allows", err)
     assert "gone[/y].mp4: file not found" in err and "bad [x].mp4: " in err
 
-    code, out, err = call(train.main, *flags, "--data.max-bad", "0.1", "--run-dir", "run", "--optim.steps", "6")
+    code, out, err = call(train.main, "mac", *flags, "--data.max-bad", "0.1", "--run-dir", "run", "--optim.steps", "6")
     assert code == 0, err
     assert "clips.csv + stills.csv, 13 videos and 10 images" in out
     assert "skipped gone[/y].mp4: file not found\n" in out and "skipped bad [x].mp4: " in out
@@ -325,8 +325,8 @@ def test_own_videos_and_images(call, own):
 
     Path("few.csv").write_text("video,caption\nv3.mp4,clip number 3\nv5.mp4,clip number 5\n")
     code, out, _ = call(
-        train.main, *SMALL, "--data.manifest", "clips.csv", "--data.max-bad", "0.2", "--data.eval-manifest", "few.csv",
-        "--run-dir", "apart", "--optim.steps", "1",
+        train.main, "mac", *SMALL, "--data.manifest", "clips.csv", "--data.max-bad", "0.2",
+        "--data.eval-manifest", "few.csv", "--run-dir", "apart", "--optim.steps", "1",
     )  # fmt: skip
     assert code == 0 and "batch is 13, since there are no more clips" in out and "training pairs" not in out
     assert json.loads(Path("apart/result.json").read_text())["candidates"] == 2
@@ -334,8 +334,8 @@ def test_own_videos_and_images(call, own):
 
 def test_live_decoding_is_resumed_bit_for_bit(call, own):
     flags = [*SMALL, "--data.manifest", "clips.csv", "stills.csv", "--data.batch", "8", "--optim.steps", "6"]
-    assert call(train.main, *flags, "--run-dir", "whole")[0] == 0
-    assert call(train.main, *flags, "--run-dir", "parts", "--max-steps", "3")[0] == 0
+    assert call(train.main, "mac", *flags, "--run-dir", "whole")[0] == 0
+    assert call(train.main, "mac", *flags, "--run-dir", "parts", "--max-steps", "3")[0] == 0
     assert call(train.main, "--resume", "--run-dir", "parts", "--log-every", "1")[0] == 0
     assert untimed(rows(Path("parts"))) == untimed(rows(Path("whole")))
 
@@ -353,7 +353,9 @@ def test_live_decoding_is_resumed_bit_for_bit(call, own):
 )
 def test_a_bad_manifest_is_told_in_a_sentence(call, own, text, said):
     Path("bad.csv").write_text(text)
-    code, _, err = call(train.main, *SMALL, "--data.manifest", "bad.csv", "--run-dir", "run", "--optim.steps", "2")
+    code, _, err = call(
+        train.main, "mac", *SMALL, "--data.manifest", "bad.csv", "--run-dir", "run", "--optim.steps", "2"
+    )
     assert code == 1 and err.startswith("smaug: ") and err.count("\n") == 1
     assert re.search(said, err)
 
@@ -361,8 +363,9 @@ def test_a_bad_manifest_is_told_in_a_sentence(call, own, text, said):
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the shared real clips are not at {SHARED}")
 def test_real_clips_and_images_are_learned(call):
     code, _, err = call(
-        train.main, "--fast", "--data.manifest", SHARED / "clips.csv", SHARED / "images.csv", "--data.root", SHARED,
-        "--data.batch", "12", "--data.eval-manifest", SHARED / "images.csv", "--optim.steps", "15", "--log-every", "1",
+        train.main, "mac", "--fast", "--data.manifest", SHARED / "clips.csv", SHARED / "images.csv",
+        "--data.root", SHARED, "--data.batch", "12",
+        "--data.eval-manifest", SHARED / "images.csv", "--optim.steps", "15", "--log-every", "1",
         "--run-dir", "run",
     )  # fmt: skip
     assert code == 0, err

@@ -24,7 +24,10 @@ SMALL = [
     "--model.video.tubelet=2", "--model.text.width=32", "--model.text.depth=1", "--model.text.heads=2",
     "--data.batch=16", "--data.shapes", "64", "16", "16", "--optim.steps=4",
 ]  # fmt: skip
-MORE = ["--model.fusion.heads=2", "--model.selector.keep=3", "--model.video.prune.blocks", "0", "2"]
+MORE = [
+    "--model.fusion.heads=2", "--model.selector.keep=3", "--model.video.prune.blocks", "0", "2",
+    "--video-mask.ratio=0.6",
+]  # fmt: skip
 CLIP = 5
 
 
