@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
@@ -121,3 +122,9 @@ def write(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.aside")
     aside.write_text(text)
     os.replace(aside, path)
+
+
+def refuse(error: Exception) -> int:
+    """Tells a person in one line why a command ends, and gives its exit code."""
+    Console(stderr=True).print(f"[red]smaug:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    return 1

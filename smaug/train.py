@@ -21,7 +21,6 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from tokenizers import Tokenizer
 from torch import nn
@@ -39,7 +38,7 @@ from smaug.objectives.mlm import Mlm
 from smaug.objectives.vtm import Vtm
 from smaug.optim import adamw, learning_rate
 from smaug.recipe import Recipe
-from smaug.run import build, open_loader, open_split, progress, read_config, write
+from smaug.run import build, open_loader, open_split, progress, read_config, refuse, write
 from smaug.step import keep_rate, text_views, training_step, video_mask
 
 DEFAULT_RECIPE = "smaug"
@@ -379,8 +378,7 @@ def main() -> int:
         options, size = parse(arguments)
         return run(options, size, shlex.join(["python", "-m", "smaug.train", *arguments]))
     except (ValueError, OSError, DamagedError) as error:
-        Console(stderr=True).print(f"[red]smaug:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return 1
+        return refuse(error)
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped at once; --resume goes on from what the run had saved", highlight=False)
         return 130

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,7 +27,7 @@ from smaug.model.model import Model
 from smaug.model.video_encoder import EncodedVideo, VideoEncoderConfig
 from smaug.objectives.mvm import Mvm
 from smaug.recipe import Recipe
-from smaug.run import load_run, open_split
+from smaug.run import load_run, open_split, refuse
 from smaug.step import video_mask
 from smaug.tokens import PackedTokens
 
@@ -89,8 +88,7 @@ def main() -> int:
         console.print(f"{'wrote':<11}{options.out}: {what}", highlight=False, soft_wrap=True)
         return 0
     except (ValueError, OSError, DamagedError) as error:
-        Console(stderr=True).print(f"[red]smaug:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return 1
+        return refuse(error)
     except KeyboardInterrupt:
         return 130
 

@@ -1,5 +1,6 @@
 """What several test files need: the embedded data set in small."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,25 @@ def shapes_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("SMAUG_CACHE", str(folder))
         shapes.build(SMALL)
         yield folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path, shapes_cache):
+    """call(main, *arguments) -> exit code, output, errors; in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["smaug", *map(str, arguments)])
+        try:
+            code = main()
+        except SystemExit as error:  # the parser's
+            code = error.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in out + err
+        return code, out, err
+
+    return call
 
 
 @pytest.fixture(autouse=True)

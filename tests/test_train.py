@@ -33,25 +33,6 @@ SHAPES = [*SMALL, "--data.shapes", "64", "16", "16", "--optim.steps", "12"]
 TIMES = ("device_seconds", "wall_seconds", "clips_per_second")
 
 
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path, shapes_cache):
-    """call(main, *arguments) -> exit code, output, errors; in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "300")
-
-    def call(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["smaug", *map(str, arguments)])
-        try:
-            code = main()
-        except SystemExit as error:  # the parser's
-            code = error.code
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, err
-
-    return call
-
-
 def rows(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 

@@ -70,28 +70,9 @@ def seen(run, clips):
     return shown, calls, group
 
 
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path, shapes_cache):
-    """call(*arguments) -> exit code, output, errors; in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "300")
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["smaug", *map(str, arguments)])
-        try:
-            code = visualise.main()
-        except SystemExit as error:  # the parser's
-            code = error.code
-        out, err = capsys.readouterr()
-        assert "Traceback" not in out + err
-        return code, out, err
-
-    return call
-
-
 def test_a_picture_is_written(folders, call, clips):
     caption = clips.samples[CLIP].captions[0]
-    code, out, err = call(folders / "whole", "--clip", CLIP, "--out", "clip.png")
+    code, out, err = call(visualise.main, folders / "whole", "--clip", CLIP, "--out", "clip.png")
     assert code == 0 and not err
     assert out.splitlines()[-1] == f'wrote      clip.png: clip {CLIP} of shapes test, "{caption}"'
     with Image.open("clip.png") as picture:
@@ -101,12 +82,17 @@ def test_a_picture_is_written(folders, call, clips):
         colours = picture.convert("RGB").getcolors(1 << 22)
     assert len(colours) > 1000
     # another text may select other moments, and is no formula
-    assert call(folders / "whole", "--clip", CLIP, "--out", "other.png", "--text", "costs $_{ or \\frac$")[0] == 0
+    assert (
+        call(visualise.main, folders / "whole", "--clip", CLIP, "--out", "other.png", "--text", "costs $_{ or \\frac$")[
+            0
+        ]
+        == 0
+    )
     assert Path("other.png").read_bytes() != Path("clip.png").read_bytes()
 
 
 def test_rows_that_a_recipe_does_not_have_are_left_out(folders, call):
-    assert call(folders / "masked", "--clip", 0, "--out", "clip.png", "--split", "val")[0] == 0
+    assert call(visualise.main, folders / "masked", "--clip", 0, "--out", "clip.png", "--split", "val")[0] == 0
     with Image.open("clip.png") as picture:
         assert 2 * 256 < picture.height < 2 * 256 + 250
     run = load_run(folders / "masked", "cpu")
@@ -256,7 +242,7 @@ def test_grey_lies_over_what_is_not_there():
 
 def test_what_cannot_be_drawn_is_told_in_a_sentence(folders, call, tmp_path, monkeypatch):
     def refused(folder, *arguments):
-        code, _, err = call(folder, *arguments)
+        code, _, err = call(visualise.main, folder, *arguments)
         assert code == 1 and err.startswith("smaug: ") and err.count("\n") == 1, err
         assert not list(tmp_path.rglob("*.png"))
         return err
@@ -268,7 +254,7 @@ def test_what_cannot_be_drawn_is_told_in_a_sentence(folders, call, tmp_path, mon
     assert "there is no folder gone" in refused(whole, "--clip", 0, "--out", "gone/clip.png")
     assert "must end in .png" in refused(whole, "--clip", 0, "--out", "clip.jpg")
     assert "uses all moments" in refused(folders / "masked", "--clip", 0, *out, "--text", "a ring")
-    code, _, err = call(whole, *out)
+    code, _, err = call(visualise.main, whole, *out)
     assert code == 2 and "--clip" in err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install -c constraints.txt -e '.[plots]'" in refused(whole, "--clip", 0, *out)

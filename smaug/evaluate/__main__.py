@@ -10,12 +10,11 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 
 from smaug.data.shapes import DamagedError
 from smaug.device import describe
 from smaug.evaluate.scores import evaluate, print_result
-from smaug.run import load_run, open_split
+from smaug.run import load_run, open_split, refuse
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,7 @@ def main() -> int:
             options.json.write_text(json.dumps(result, indent=2))
         return 0
     except (ValueError, OSError, DamagedError) as error:
-        Console(stderr=True).print(f"[red]smaug:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        return 1
+        return refuse(error)
     except KeyboardInterrupt:
         return 130
 
