@@ -16,7 +16,7 @@ from smaug.objectives.seen import Masked, Pairs, Removed, Seen
 from smaug.objectives.vtc import VtcHeads
 from smaug.objectives.vtm import Vtm
 from smaug.recipe import Recipe
-from smaug.tokens import PackedTokens, cat_tokens
+from smaug.tokens import PackedTokens, cat_tokens, split_tokens
 
 
 def training_step(model: Model, recipe: Recipe, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -74,14 +74,8 @@ def encode_texts(model: Model, views: dict[str, PackedTokens]) -> tuple[dict[str
     """Every view of the captions in one packed call, each distinct one once -> features (B, D) and words by view."""
     distinct = list({id(view): view for view in views.values()}.values())
     features, words = model.text(cat_tokens(distinct))
-    by_view = {}
-    for view, some, rows in zip(
-        distinct,
-        features.split([v.num_sequences for v in distinct]),
-        words.values.split([v.rows for v in distinct]),
-        strict=True,
-    ):
-        by_view[id(view)] = (some, view.with_values(rows))
+    each = features.split([v.num_sequences for v in distinct]), split_tokens(words, distinct)
+    by_view = {id(view): seen for view, *seen in zip(distinct, *each, strict=True)}
     return (
         {name: by_view[id(view)][0] for name, view in views.items()},
         {name: by_view[id(view)][1] for name, view in views.items()},
@@ -132,7 +126,7 @@ def fuse(
         if model.selector.config.query == "own":
             query = features.get("match", features["contrast"]).index_select(0, torch.cat(videos))
         kv_ids, gate = model.selector(video.summaries, query, kv_ids, seed=recipe.seed, step=batch.step)
-    fused = model.fusion(cat_tokens(texts), video.frames, kv_ids, gate)
+    fused = model.fusion(texts, video.frames, kv_ids, gate)
 
     pairs = masked = None
     count = sum(t.num_sequences for t in texts) - (len(own) if "masked" in words else 0)

@@ -283,3 +283,16 @@ def cat_tokens(parts: Sequence[PackedTokens]) -> PackedTokens:
         else:
             lengths = tuple(n for host in every for n in (host or ()))
     return PackedTokens(values, cu_seqlens, ids, size, max(p.max_seqlen for p in parts), lengths)
+
+
+def split_tokens(tokens: PackedTokens, like: Sequence[PackedTokens]) -> list[PackedTokens]:
+    """The inverse of `cat_tokens(like)` for other values: parts with the offsets, ids and lengths of ``like``, views.
+
+    ValueError where a part but the last has a tail, since `cat_tokens` has moved its rows.
+    """
+    for part in like[:-1]:
+        host = _host_lengths(part)
+        if host is None or sum(host) != part.rows:
+            raise ValueError("split_tokens takes parts whose lengths the host knows and that have no tail.")
+    parts = tokens.values.split([part.rows for part in like])
+    return [part.with_values(values) for part, values in zip(like, parts, strict=True)]

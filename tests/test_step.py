@@ -347,7 +347,7 @@ def test_each_pair_is_fused_as_if_alone(setup, images, monkeypatch):
             if model.selector is not None:
                 kv_ids, gate = model.selector(video.summaries, features[view][text : text + 1], kv_ids)
             own = packed_uniform(words[view].values[start:end], end - start)
-            return model.fusion(own, video.frames, kv_ids, gate).values
+            return model.fusion([own], video.frames, kv_ids, gate).values
 
         assert pairs.labels.tolist() == [1] * b + [0] * 2 * b and pairs.features.shape[0] == 3 * b
         clips = [list(range(b)), negatives[:, 0].tolist(), negatives[:, 1].tolist()]

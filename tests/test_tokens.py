@@ -5,7 +5,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from smaug.testing import HostReads, offsets
-from smaug.tokens import PackedTokens, cat_tokens, packed_ragged, packed_uniform
+from smaug.tokens import PackedTokens, cat_tokens, packed_ragged, packed_uniform, split_tokens
 
 
 def _ragged(lengths, d=3, tail=0, known=True):
@@ -80,6 +80,16 @@ def test_cat(known, tail):
     videos, images = packed_uniform(torch.ones(6, 2), 3), packed_uniform(torch.ones(4, 2), 2)
     assert cat_tokens([videos, images]).lengths == (3, 3, 2, 2)
     assert cat_tokens([videos, videos]).lengths == 3
+
+
+def test_split_is_the_inverse_of_cat():
+    parts = [_ragged([2, 3]), packed_uniform(torch.ones(4, 3), 2), _ragged([1, 0])]
+    both = cat_tokens(parts)
+    for part, again in zip(parts, split_tokens(both.with_values(both.values * 2), parts), strict=True):
+        assert torch.equal(again.values, part.values * 2) and again.lengths == part.lengths
+        assert again.cu_seqlens is part.cu_seqlens and again.ids is part.ids
+    with pytest.raises(ValueError, match="no tail"):
+        split_tokens(both, [_ragged([2, 1], tail=2), parts[1], parts[2]])
 
 
 def test_nested():

@@ -57,11 +57,13 @@ class Batch:
         def move(x: Tensor) -> Tensor:
             return x.to(device, non_blocking=True)
 
+        words = tree_map_only(Tensor, move, self.words)
         return replace(
             self,
             groups=tuple(VisualGroup(move(g.video), move(g.samples)) for g in self.groups),
-            words=tree_map_only(Tensor, move, self.words),
-            contrast=tree_map_only(Tensor, move, self.contrast),
+            words=words,
+            # one object stays one object: the step encodes each once
+            contrast=words if self.contrast is self.words else tree_map_only(Tensor, move, self.contrast),
             masked=tree_map_only(Tensor, move, self.masked),
             masked_rows=move(self.masked_rows),
             masked_labels=move(self.masked_labels),

@@ -6,6 +6,7 @@ video that meets ten texts costs no more memory than one that meets one. Form: S
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from smaug import ops
 from smaug.model.layers import SelfAttention, init_linear
-from smaug.tokens import PackedTokens
+from smaug.tokens import PackedTokens, cat_tokens, split_tokens
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,13 @@ class FusionBlock(nn.Module):
         self.up = nn.Linear(width, int(config.mlp_ratio * width))
         self.down = nn.Linear(int(config.mlp_ratio * width), width)
 
-    def forward(self, words: PackedTokens, frames: PackedTokens, kv_ids: Tensor, gate: Tensor | None) -> PackedTokens:
+    def attend(self, words: PackedTokens) -> PackedTokens:
+        """The words among themselves: the same for whatever frames they are paired with."""
         x = words.values
-        x = x + self.attention(words.with_values(self.norm1(x)))[0]
+        return words.with_values(x + self.attention(words.with_values(self.norm1(x)))[0])
+
+    def see(self, words: PackedTokens, frames: PackedTokens, kv_ids: Tensor, gate: Tensor | None) -> PackedTokens:
+        x = words.values
         single = gate is not None and gate.shape[1] == 1
         q = self.query(self.norm_cross(x)).unflatten(1, (self.heads, -1))
         k, v = self.key_value(frames.values).view(len(frames.values), 2, self.heads, -1).unbind(1)
@@ -78,14 +83,21 @@ class Fusion(nn.Module):
         self.norm = nn.LayerNorm(width)
         init_linear(self)
 
-    def forward(self, words: PackedTokens, frames: PackedTokens, kv_ids: Tensor, gate: Tensor | None) -> PackedTokens:
-        """P packed texts, each paired with the frames that its row of kv_ids names -> their words, fused.
+    def forward(
+        self, texts: Sequence[PackedTokens], frames: PackedTokens, kv_ids: Tensor, gate: Tensor | None
+    ) -> PackedTokens:
+        """P packed texts, each paired with the frames that its row of kv_ids names -> their words, fused, (T, D).
 
-        words       P sequences of encoded words, (T, D).
+        texts       P sequences of encoded words in parts. A part that is in it several times (one object), to meet
+                    several videos, goes through the first block's self-attention once.
         frames      S sequences of encoded patches, (T_k, D_v), one sequence a frame.
         kv_ids      (P, M) int32, the frames that a text sees; -1 is none.
         gate        (P, M) fp32 added to the logits of a frame's keys, or None; see `FrameSelector`.
         """
-        for block in self.blocks:
-            words = block(words, frames, kv_ids, gate)
+        distinct = list({id(text): text for text in texts}.values())
+        attended = split_tokens(self.blocks[0].attend(cat_tokens(distinct)), distinct)
+        by_text = {id(text): part for text, part in zip(distinct, attended, strict=True)}
+        words = cat_tokens([by_text[id(text)] for text in texts])
+        for number, block in enumerate(self.blocks):
+            words = block.see(block.attend(words) if number else words, frames, kv_ids, gate)
         return words.with_values(self.norm(words.values))

@@ -311,6 +311,12 @@ def test_to_moves_everything(mixed):
     tensors += [t for g in moved.groups for t in (g.video, g.samples)]
     assert all(t.device.type == "meta" for t in tensors) and moved.names == batch.names
     assert same(batch.to(torch.device("cpu")), batch)
+    # What is one object stays one, so that the step does not encode the same captions twice.
+    whole = loader(mixed, batch=6, mask=TextMask(0.0)).batch(0)
+    assert whole.contrast is whole.words
+    for device in ("cpu", "meta"):
+        moved = whole.to(torch.device(device))
+        assert moved.contrast is moved.words
 
 
 def test_middle_frames(broken):

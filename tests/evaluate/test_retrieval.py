@@ -224,7 +224,7 @@ def one_by_one(model, clips, tokenizer, sparse):
             kv_ids, gate = video.frame_ids, None
             if sparse:
                 kv_ids, gate = model.selector(video.summaries, features, kv_ids)
-            fused = model.fusion(encoded, video.frames, kv_ids, gate).values[:1]
+            fused = model.fusion([encoded], video.frames, kv_ids, gate).values[:1]
             no, yes = model.heads["vtm"](fused)[0]
             match[t, v] = yes - no
     return dual, match, torch.tensor([i for i, _ in captions])

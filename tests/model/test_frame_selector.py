@@ -151,7 +151,7 @@ def test_it_learns_which_frame_matters(keep, least):
         frames, text, answer, place = toy(generator, pairs, codes)
         kept, gate = made(frames, text, kv_ids)
         found.append((kept == kv_ids.gather(1, place[:, None])).any(1).float().mean().item())
-        fused = fusion(packed_uniform(enter(text), 1), packed_uniform(frames, 1), kept, gate)
+        fused = fusion([packed_uniform(enter(text), 1)], packed_uniform(frames, 1), kept, gate)
         loss = F.cross_entropy(head(fused.values), answer)
         optimizer.zero_grad()
         loss.backward()

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from smaug.model.fusion import Fusion, FusionConfig
 from smaug.testing import offsets, relative_error
-from smaug.tokens import packed_ragged, packed_uniform
+from smaug.tokens import cat_tokens, packed_ragged, packed_uniform
 
 WIDTH, VIDEO_WIDTH, HEADS = 32, 24, 2
 TEXTS = (4, 1, 6, 3, 2)
@@ -34,7 +34,7 @@ def inputs():
 
 def tokens(words, frames):
     return (
-        packed_ragged(words, offsets(TEXTS), lengths=TEXTS),
+        [packed_ragged(words, offsets(TEXTS), lengths=TEXTS)],
         packed_ragged(frames, offsets(FRAMES), lengths=FRAMES),
     )
 
@@ -98,8 +98,27 @@ def test_each_frame_is_projected_once_however_many_pairs_use_it():
     words, frames, _ = inputs()
     many = KV_IDS[[0] * 40]
     texts = packed_uniform(torch.randn(40 * 3, WIDTH), 3)
-    made(texts, tokens(words, frames)[1], many, None)
+    made([texts], tokens(words, frames)[1], many, None)
     assert rows == [sum(FRAMES)] * 3
+
+
+def test_a_text_that_meets_several_videos_reads_itself_once():
+    """In the first block; the same as if it had been copied, forward and backward."""
+    made, (words, frames, _) = fusion(), inputs()
+    ((texts,), images), rows = tokens(words, frames), []
+    other = packed_uniform(torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(4)), 3)
+    for block in made.blocks:
+        block.attention.register_forward_hook(lambda _, given, out: rows.append(given[0].rows))
+    kv_ids = torch.cat([KV_IDS, KV_IDS.flip(0), KV_IDS[:2], KV_IDS.roll(1, 0)])
+    parts = [texts, texts, other, texts]
+    once = made(parts, images, kv_ids, None).values
+    assert rows == [sum(TEXTS) + 6, 3 * sum(TEXTS) + 6]
+    copied = made([cat_tokens(parts)], images, kv_ids, None).values
+    assert relative_error(once, copied) < 2e-6
+    g = torch.randn(once.shape, generator=torch.Generator().manual_seed(2))
+    leaves = [words, frames, *made.parameters()]
+    for a, b in zip(torch.autograd.grad(once, leaves, g), torch.autograd.grad(copied, leaves, g), strict=True):
+        assert relative_error(a, b) < 2e-5
 
 
 def test_a_pair_does_not_see_its_neighbours():
@@ -107,7 +126,7 @@ def test_a_pair_does_not_see_its_neighbours():
     texts, images = tokens(words, frames)
     together = made(texts, images, KV_IDS, gate).values.split(list(TEXTS))
     for pair, own in enumerate(words.split(list(TEXTS))):
-        alone = made(packed_uniform(own, len(own)), images, KV_IDS[pair : pair + 1], gate[pair : pair + 1]).values
+        alone = made([packed_uniform(own, len(own))], images, KV_IDS[pair : pair + 1], gate[pair : pair + 1]).values
         torch.testing.assert_close(alone, together[pair], atol=2e-6, rtol=1e-5)
 
 
