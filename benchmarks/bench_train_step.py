@@ -38,7 +38,7 @@ def batch_of(recipe, device):
     words = pack(captions, 2)
     return Batch(
         (VisualGroup(clips, torch.arange(B)),), words=words, contrast=words, masked=None,
-        masked_rows=torch.arange(0), masked_labels=torch.arange(0), video_keys=torch.arange(B),
+        masked_rows=torch.arange(0), masked_labels=torch.arange(0), masked_counts=(), video_keys=torch.arange(B),
         caption_keys=torch.arange(B), epoch=0, step=0, names=("",) * B,
     ).to(device)  # fmt: skip
 

@@ -104,6 +104,8 @@ def fuse(
     summaries: list[Tensor] = []
     videos: list[Tensor] = []
     valid: list[Tensor] = []
+    asked: list[Tensor] = []  # the words whose answers are read: [CLS] of a pair, the masked ones of a masked caption
+    counts: list[int] = []
     own = torch.arange(len(same), device=same.device)
     for objective in recipe.objectives.values():
         if isinstance(objective, Vtm):
@@ -114,7 +116,12 @@ def fuse(
             summaries += [features["match"]] * copies
             videos += [own, *negatives.unbind(1)]
             valid += [torch.ones_like(found[:, 0]), *found.unbind(1)]
+            asked += [words["match"].first_rows() + copy * words["match"].rows for copy in range(copies)]
+            counts += [1] * copies * len(own)
+    pairs_count = len(counts)
     if "masked" in words:
+        asked.append(batch.masked_rows + sum(text.rows for text in texts))
+        counts += batch.masked_counts
         texts.append(words["masked"])
         summaries.append(features["masked"])
         videos.append(own)
@@ -126,17 +133,15 @@ def fuse(
         if model.selector.config.query == "own":
             query = features.get("match", features["contrast"]).index_select(0, torch.cat(videos))
         kv_ids, gate = model.selector(video.summaries, query, kv_ids, seed=recipe.seed, step=batch.step)
-    fused = model.fusion(texts, video.frames, kv_ids, gate)
+    fused = model.fusion(texts, video.frames, kv_ids, gate, rows=torch.cat(asked), lengths=tuple(counts))
 
     pairs = masked = None
-    count = sum(t.num_sequences for t in texts) - (len(own) if "masked" in words else 0)
-    if count:
-        labels = (torch.arange(count, device=own.device) < len(own)).long()
-        pairs = Pairs(fused.values.index_select(0, fused.first_rows()[:count]), labels, torch.cat(valid))
+    answers, hidden = fused.values.split([pairs_count, fused.rows - pairs_count])
+    if pairs_count:
+        labels = (torch.arange(pairs_count, device=own.device) < len(own)).long()
+        pairs = Pairs(answers, labels, torch.cat(valid))
     if "masked" in words:
-        view = words["masked"]
-        rows = fused.values[fused.rows - view.rows :]
-        masked = Masked(view.with_values(rows), batch.masked_rows, batch.masked_labels)
+        masked = Masked(hidden, batch.masked_labels)
     return pairs, masked
 
 

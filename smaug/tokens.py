@@ -296,3 +296,10 @@ def split_tokens(tokens: PackedTokens, like: Sequence[PackedTokens]) -> list[Pac
             raise ValueError("split_tokens takes parts whose lengths the host knows and that have no tail.")
     parts = tokens.values.split([part.rows for part in like])
     return [part.with_values(values) for part, values in zip(like, parts, strict=True)]
+
+
+def take_rows(tokens: PackedTokens, rows: Tensor, lengths: Sequence[int] | int) -> PackedTokens:
+    """Some rows of each sequence: rows (n,) int64, ascending; lengths, on the host, how many of each sequence."""
+    cu_seqlens = torch.searchsorted(rows, tokens.cu_seqlens.long(), out_int32=True)
+    values, ids, size = (x.index_select(0, rows) for x in (tokens.values, tokens.ids, tokens.size))
+    return packed_ragged(values, cu_seqlens, ids=ids, size=size, lengths=lengths)

@@ -5,7 +5,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from smaug.testing import HostReads, offsets
-from smaug.tokens import PackedTokens, cat_tokens, packed_ragged, packed_uniform, split_tokens
+from smaug.tokens import PackedTokens, cat_tokens, packed_ragged, packed_uniform, split_tokens, take_rows
 
 
 def _ragged(lengths, d=3, tail=0, known=True):
@@ -90,6 +90,16 @@ def test_split_is_the_inverse_of_cat():
         assert again.cu_seqlens is part.cu_seqlens and again.ids is part.ids
     with pytest.raises(ValueError, match="no tail"):
         split_tokens(both, [_ragged([2, 1], tail=2), parts[1], parts[2]])
+
+
+def test_take_rows():
+    tokens = _ragged([3, 0, 4, 2])
+    with HostReads() as reads:
+        some = take_rows(tokens, torch.tensor([0, 2, 5, 7, 8]), (2, 0, 1, 2))
+    assert not reads.found
+    assert some.cu_seqlens.tolist() == [0, 2, 2, 3, 5] and some.cu_seqlens.dtype == torch.int32
+    assert torch.equal(some.values, tokens.values[[0, 2, 5, 7, 8]]) and some.ids.tolist() == [0, 2, 2, 0, 1]
+    assert some.lengths == (2, 0, 1, 2) and some.max_seqlen == 2
 
 
 def test_nested():

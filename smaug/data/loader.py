@@ -44,6 +44,7 @@ class Batch:
     masked: PackedTokens | None  # with [MASK] for the words that mlm asks for
     masked_rows: Tensor  # (n,) int64, their rows in `masked`
     masked_labels: Tensor  # (n,) int64, which words they were
+    masked_counts: tuple[int, ...]  # how many of them each caption has
     video_keys: Tensor  # (B,) int64, equal for the same clip
     caption_keys: Tensor  # (B,) int64, equal for the same caption
     epoch: int
@@ -128,6 +129,7 @@ class Loader:
         words = [self.words[c] for c in captions]
         whole = text.pack(words, self.cls)
         contrast, masked, rows, labels = whole, None, [], []
+        counts: tuple[int, ...] = ()
         drawn: dict[str, Any] = {
             "lengths": [len(w) for w in words],
             "samples": numbers,
@@ -140,6 +142,7 @@ class Loader:
         if self.mlm_mask.ratio > 0:
             kept = self.mlm_mask.draw(**drawn, stream=MLM_STREAM)
             masked = text.pack(words, self.cls, kept, self.mask)
+            counts = tuple(len(w) - len(stay) for w, stay in zip(words, kept, strict=True))
             first = 1
             for w, stay in zip(words, kept, strict=True):
                 gone = sorted(set(range(len(w))) - set(stay.tolist()))
@@ -153,6 +156,7 @@ class Loader:
             masked=masked,
             masked_rows=torch.tensor(rows, dtype=torch.int64),
             masked_labels=torch.tensor(labels, dtype=torch.int64),
+            masked_counts=counts,
             video_keys=torch.tensor(numbers),
             caption_keys=torch.tensor(captions),
             epoch=epoch,

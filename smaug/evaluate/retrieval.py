@@ -164,7 +164,7 @@ def _match(
         kv_ids, gate = videos.frame_ids.index_select(0, pair_videos), None
         if model.selector is not None and sparse:
             kv_ids, gate = model.selector(videos.summaries, features.index_select(0, pair_texts), kv_ids)
-        fused = model.fusion([texts], videos.frames, kv_ids, gate)
-        logits = model.heads["vtm"](fused.values.index_select(0, fused.first_rows())).float()
+        fused = model.fusion([texts], videos.frames, kv_ids, gate, rows=texts.first_rows(), lengths=1)
+        logits = model.heads["vtm"](fused.values).float()
         scores[pair_texts.cpu(), pair_videos.cpu()] = (logits[:, 1] - logits[:, 0]).cpu()
     return scores

@@ -56,7 +56,10 @@ class Decoder(nn.Module):
         masks = self.mask_token.to(states.dtype).expand(*ids_masked.shape, -1)
         x = torch.cat([states, masks], dim=1) + place
         tokens = packed_uniform(x.flatten(0, 1), x.shape[1])
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             tokens = block(tokens)
-        rebuilt = tokens.values.view_as(x)[:, states.shape[1] :]
+        rebuilt = x[:, states.shape[1] :]
+        for block in self.blocks[-1:]:
+            assert isinstance(block, Block)
+            rebuilt = block.end(tokens, ids_masked.shape[1]).values.view_as(rebuilt)
         return self.pixels(self.norm(rebuilt))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from smaug import ops
 from smaug.model.layers import SelfAttention, init_linear
-from smaug.tokens import PackedTokens, cat_tokens, split_tokens
+from smaug.tokens import Lengths, PackedTokens, cat_tokens, split_tokens, take_rows
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,14 @@ class Fusion(nn.Module):
         init_linear(self)
 
     def forward(
-        self, texts: Sequence[PackedTokens], frames: PackedTokens, kv_ids: Tensor, gate: Tensor | None
+        self,
+        texts: Sequence[PackedTokens],
+        frames: PackedTokens,
+        kv_ids: Tensor,
+        gate: Tensor | None,
+        *,
+        rows: Tensor | None = None,
+        lengths: Lengths = None,
     ) -> PackedTokens:
         """P packed texts, each paired with the frames that its row of kv_ids names -> their words, fused, (T, D).
 
@@ -93,11 +101,18 @@ class Fusion(nn.Module):
         frames      S sequences of encoded patches, (T_k, D_v), one sequence a frame.
         kv_ids      (P, M) int32, the frames that a text sees; -1 is none.
         gate        (P, M) fp32 added to the logits of a frame's keys, or None; see `FrameSelector`.
+        rows        (n,) int64 ascending, the words that are asked for, lengths[p] of text p; None: all of them. In the
+                    last block these alone look at the frames: nobody reads what it would say of the others.
         """
+        blocks = cast(list[FusionBlock], list(self.blocks))
         distinct = list({id(text): text for text in texts}.values())
-        attended = split_tokens(self.blocks[0].attend(cat_tokens(distinct)), distinct)
+        attended = split_tokens(blocks[0].attend(cat_tokens(distinct)), distinct)
         by_text = {id(text): part for text, part in zip(distinct, attended, strict=True)}
         words = cat_tokens([by_text[id(text)] for text in texts])
-        for number, block in enumerate(self.blocks):
-            words = block.see(block.attend(words) if number else words, frames, kv_ids, gate)
+        for number, block in enumerate(blocks):
+            words = block.attend(words) if number else words
+            if rows is not None and number == len(blocks) - 1:
+                assert lengths is not None
+                words = take_rows(words, rows, lengths)
+            words = block.see(words, frames, kv_ids, gate)
         return words.with_values(self.norm(words.values))

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smaug import ops
-from smaug.tokens import PackedTokens
+from smaug.tokens import PackedTokens, packed_uniform
 
 
 class SelfAttention(nn.Module):
@@ -20,6 +20,24 @@ class SelfAttention(nn.Module):
         self.impl = impl
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+
+    def of(self, queries: PackedTokens, tokens: PackedTokens) -> Tensor:
+        """Some tokens of each sequence attend to all of it: queries (T', D) -> (T', D)."""
+        own, rest = self.qkv.weight.split([len(self.proj.weight), 2 * len(self.proj.weight)])
+        own_bias, rest_bias = self.qkv.bias.split([len(own), len(rest)])
+        q = F.linear(queries.values, own, own_bias).unflatten(1, (self.heads, -1))
+        k, v = F.linear(tokens.values, rest, rest_bias).view(tokens.rows, 2, self.heads, -1).unbind(1)
+        o = ops.attention(
+            q,
+            k,
+            v,
+            queries.cu_seqlens,
+            tokens.cu_seqlens,
+            lengths_q=queries.lengths,
+            lengths_k=tokens.lengths,
+            impl=self.impl,
+        )
+        return self.proj(o.flatten(1))
 
     def forward(self, tokens: PackedTokens, *, score: bool = False) -> tuple[Tensor, Tensor | None]:
         """-> (T, D); and with `score` how much attention each row got from its sequence's [CLS], (T,) fp32."""
@@ -51,6 +69,17 @@ class Block(nn.Module):
         """The first half. Pruning, if any, happens between the halves, so that the MLP sees survivors only."""
         o, scores = self.attention(tokens.with_values(self.norm1(tokens.values)), score=score)
         return tokens.with_values(tokens.values + o), scores
+
+    def end(self, tokens: PackedTokens, count: int) -> PackedTokens:
+        """The block's output for the last `count` tokens of each sequence, sequences being of one length.
+
+        For the block after which nobody reads the others: those are keys and values, and nothing else is computed.
+        """
+        assert isinstance(tokens.lengths, int)
+        shape, x = (tokens.num_sequences, tokens.lengths, -1), self.norm1(tokens.values)
+        asked, normed = (y.view(shape)[:, tokens.lengths - count :].flatten(0, 1) for y in (tokens.values, x))
+        queries = packed_uniform(normed, count)
+        return self.mlp(queries.with_values(asked + self.attention.of(queries, tokens.with_values(x))))
 
     def mlp(self, tokens: PackedTokens) -> PackedTokens:
         x = tokens.values

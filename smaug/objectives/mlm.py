@@ -38,5 +38,4 @@ class Mlm:
 
     def __call__(self, heads: nn.Module, seen: Seen) -> Tensor:
         assert seen.masked is not None
-        rows = seen.masked.words.values.index_select(0, seen.masked.rows)
-        return F.cross_entropy(heads(rows), seen.masked.labels)
+        return F.cross_entropy(heads(seen.masked.features), seen.masked.labels)

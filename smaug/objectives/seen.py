@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from smaug.model.video_encoder import EncodedVideo
-from smaug.tokens import PackedTokens
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,7 @@ class Pairs:
 class Masked:
     """Captions with masked words, fused with their own videos."""
 
-    words: PackedTokens  # B sequences
-    rows: Tensor  # (n,) int64, the rows of the masked words
+    features: Tensor  # (n, D), the masked words
     labels: Tensor  # (n,) int64, which words they were
 
 

@@ -50,6 +50,7 @@ def same(a, b):
         and all(torch.equal(x.samples, y.samples) for x, y in zip(a.groups, b.groups, strict=True))
         and all(same_words(getattr(a, view), getattr(b, view)) for view in ("words", "contrast", "masked"))
         and torch.equal(a.masked_rows, b.masked_rows)
+        and a.masked_counts == b.masked_counts
         and torch.equal(a.masked_labels, b.masked_labels)
         and torch.equal(a.video_keys, b.video_keys)
         and torch.equal(a.caption_keys, b.caption_keys)
@@ -170,6 +171,8 @@ def test_masked_rows_and_labels_point_at_the_masked_words(mixed):
         assert len(rows) == sum(counts) > 0 and (rows.diff() > 0).all()
         assert batch.masked_labels.tolist() == batch.words.values[rows].tolist()
         assert (batch.masked.values[rows] == source.mask).all()
+        of = torch.searchsorted(batch.masked.cu_seqlens[1:].long(), rows, right=True)
+        assert torch.bincount(of, minlength=6).tolist() == list(batch.masked_counts)
         hidden = torch.zeros(batch.words.rows, dtype=torch.bool).index_fill(0, rows, True)
         assert torch.equal(batch.masked.values[~hidden], batch.words.values[~hidden])  # the others are as they were
         assert torch.equal(batch.masked.ids, batch.words.ids)

@@ -6,6 +6,7 @@ import torch
 from smaug.model.decoder import Decoder, DecoderConfig
 from smaug.model.video_encoder import VideoEncoderConfig
 from smaug.testing import relative_error
+from smaug.tokens import packed_uniform
 
 VIDEO = VideoEncoderConfig(width=24, heads=1, image_size=24, patch=4, tubelet=2, frames=4)
 S, N = 3, 36
@@ -30,6 +31,26 @@ def inputs():
 def test_shape_is_a_tube_of_pixels_a_masked_patch():
     states, ids, masked = inputs()
     assert decoder()([(states, ids)], masked).shape == (S, 7, 3 * 2 * 4 * 4)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_last_block_answers_for_masked_patches_alone(depth):
+    """As plain blocks would, of which the answers for visible patches are thrown away; forward and backward."""
+    made, (states, ids, masked), rows = decoder(depth), inputs(), []
+    made.blocks[-1].up.register_forward_hook(lambda _, given, out: rows.append(len(out)))
+    pred = made([(states, ids)], masked)
+    place = made.position[torch.cat([ids, masked], 1).long()]
+    x = torch.cat([made.enter(states), made.mask_token.expand(S, 7, -1)], 1) + place
+    tokens = packed_uniform(x.flatten(0, 1), 17)
+    for block in made.blocks:
+        tokens = block(tokens)
+    plain = made.pixels(made.norm(tokens.values.view_as(x)[:, 10:]))
+    assert rows == [7 * S, 17 * S] and relative_error(pred, plain) < 1e-6
+    g = torch.randn(pred.shape, generator=torch.Generator().manual_seed(2))
+    for (name, _), a, b in zip(made.named_parameters(), *(
+        torch.autograd.grad(y, list(made.parameters()), g) for y in (pred, plain)
+    ), strict=True):  # fmt: skip
+        assert relative_error(a, b) < 1e-5, name
 
 
 @pytest.mark.parametrize("depth", [0, 2])

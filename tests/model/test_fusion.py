@@ -121,6 +121,26 @@ def test_a_text_that_meets_several_videos_reads_itself_once():
         assert relative_error(a, b) < 2e-5
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_only_the_words_that_are_asked_for_look_at_the_frames_last(gated, impl):
+    made, (words, frames, gate) = fusion(impl), inputs()
+    given = (*tokens(words, frames), KV_IDS, gate if gated else None)
+    lengths = tuple(min(n, i % 3) for i, n in enumerate(TEXTS))  # none of some
+    first = offsets(TEXTS).tolist()
+    rows = torch.tensor([first[i] + TEXTS[i] - n + j for i, n in enumerate(lengths) for j in range(n)])
+    seen = []
+    made.blocks[-1].up.register_forward_hook(lambda _, given, out: seen.append(len(out)))
+    some, everything = made(*given, rows=rows, lengths=lengths).values, made(*given).values
+    assert 0 < len(some) == len(rows) == seen[0] < seen[1]
+    torch.testing.assert_close(some, everything[rows], atol=2e-6, rtol=1e-5)
+    g = torch.randn(some.shape, generator=torch.Generator().manual_seed(2))
+    leaves = [words, frames, *made.parameters()]
+    want = torch.autograd.grad(everything, leaves, torch.zeros_like(everything).index_copy(0, rows, g))
+    for a, b in zip(torch.autograd.grad(some, leaves, g), want, strict=True):
+        assert relative_error(a, b) < 2e-5
+
+
 def test_a_pair_does_not_see_its_neighbours():
     made, (words, frames, gate) = fusion(), inputs()
     texts, images = tokens(words, frames)
