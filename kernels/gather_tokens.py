@@ -184,7 +184,7 @@ def even_rows(x: Tensor) -> tuple[Tensor, int, int]:
     Views keep their memory: x[:, 1:] (without [CLS]) and a third of a fused projection are read in place.
     """
     step = x.stride(1) if x.shape[1] > 1 else x.shape[2]
-    if x.stride(2) != 1 or step < x.shape[2] or x.stride(0) % step:
+    if x.stride(2) != 1 or step < x.shape[2] or (x.shape[0] > 1 and x.stride(0) % step):
         x = x.contiguous()
         step = x.shape[2]
     return x, x.stride(0) // step if x.shape[0] > 1 else x.shape[1], step
@@ -234,7 +234,7 @@ def scatter_tokens(x: Tensor, ids: Tensor, length: int, fill: Tensor | None, cu_
     out = torch.empty((sequences, length, d), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    flat, _, step = even_rows(x.reshape(1, -1, d))
+    flat, _, step = even_rows(x.reshape(1, ids.numel(), d))
     tiles = triton.cdiv(length, ROWS)
     launch(
         _scatter,
