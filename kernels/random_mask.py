@@ -1,8 +1,8 @@
 """Random masks on the GPU: one program a clip draws, ranks and writes; nothing is sorted.
 
 Reads 8 bytes a clip (its sample number), writes 4 bytes an id: 4 * F * N bytes a clip, ids_keep and ids_removed
-together. Grid (B,). The random words of all units of a clip stay in registers; 32 steps of bisection find the K-th
-lowest word, and a running count over the units, which are in order already, places every id.
+together. Grid (B,). The random words of all units of a clip stay in registers; bisection over their 32 bits finds the
+K-th lowest, and a running count over the units, which are in order already, places every id.
 """
 
 from __future__ import annotations
@@ -56,16 +56,17 @@ def _mask(
         counter = square_row * (columns // side + 2) + (column + (offset1 % modulus).to(tl.int32)) // side
     word, _, _, _ = tl.philox(key, counter, word1, low, high)
 
-    # The highest threshold that fewer than `keep` words are below is the keep-th lowest word, found bit by bit.
+    # The highest threshold that at most `keep` words are below, found bit by bit, or sooner any that exactly `keep`
+    # are below: words are uniform, so that takes about log2(units) + 2 steps.
     threshold = tl.full((), 0, tl.uint32)
     below = tl.full((), 0, tl.int32)  # how many words are below the threshold
     bit = tl.full((), 1 << 31, tl.uint32)
-    for _ in range(32):
+    while (bit > 0) & (below != keep):
         trial = threshold | bit
         bit = bit >> 1
         count = tl.sum((real & (word < trial)).to(tl.int32), 0)
-        below = tl.where(count < keep, count, below)
-        threshold = tl.where(count < keep, trial, threshold)
+        below = tl.where(count <= keep, count, below)
+        threshold = tl.where(count <= keep, trial, threshold)
     tie = real & (word == threshold)
     stays = (real & (word < threshold)) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= keep - below))
     rank = tl.cumsum(stays.to(tl.int32), 0)

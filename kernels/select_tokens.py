@@ -11,7 +11,7 @@ mass      grid (groups,): finds how far the mass reaches in each group, before `
           search over all rows in every program; there are then at most CUTTERS programs to a column block.
 backward  grid (groups, column blocks); column block 0 also sums what the scores of its group receive.
 
-Ranking sorts nothing: 32 steps of bisection find the k-th highest key, and one pass the row where its ties end.
+Ranking sorts nothing: bisection over the 32 bits of the key finds the k-th highest, and one pass where its ties end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ CUTTERS = 128
 WARPS = 4
 
 LOWEST = tl.constexpr(-(1 << 31))  # below the key of -inf; that of NaN, and of rows that cannot win
-HIGHEST = tl.constexpr((1 << 31) - 1)  # above the key of +inf
 
 
 @triton.jit
@@ -58,11 +57,15 @@ def weight_of(score, acc: tl.constexpr):
 
 @triton.jit
 def cut_after(scores, stride, first, last, keep, SCORES: tl.constexpr):
-    """key, row: of the rows first to last - 1 the ``keep`` best are those above key, and at key those before row."""
+    """key, row: of the rows first to last - 1 the ``keep`` best are those above key, and at key those before row.
+
+    The key is the highest that ``keep`` rows reach, found bit by bit, or sooner any key that exactly ``keep`` reach.
+    """
     key = tl.full((), LOWEST, tl.int32)
+    reach = last - first
     above = tl.full((), 0, tl.int32)
     bit = tl.full((), 1 << 31, tl.uint32)
-    for _ in range(32):
+    while (bit > 0) & (reach != keep):
         trial = key ^ bit.to(tl.int32, bitcast=True)
         counts = tl.zeros((SCORES,), tl.int32)
         for start in range(first, last, SCORES):
@@ -71,9 +74,13 @@ def cut_after(scores, stride, first, last, keep, SCORES: tl.constexpr):
             counts += ((row < last) & (key_of(score) >= trial)).to(tl.int32)
         count = tl.sum(counts, 0)
         above = tl.where(count < keep, count, above)
+        reach = tl.where(count < keep, reach, count)
         key = tl.where(count < keep, key, trial)
         bit = bit >> 1
-    return key, end_of_ties(scores, stride, first, last, key, keep - above, SCORES)
+    row_of_cut = last
+    if reach != keep:
+        row_of_cut = end_of_ties(scores, stride, first, last, key, keep - above, SCORES)
+    return key, row_of_cut
 
 
 @triton.jit
@@ -160,8 +167,10 @@ def _mass(
         above = tl.where(held < goal, held, above)
         key = tl.where(held < goal, key, trial)
         bit = bit >> 1
+    # all that is left of the goal is held by rows at the key; a goal of 0 is held by none
     weight = (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True).to(tl.float64)
-    allowed = tl.where(key == HIGHEST, 0, tl.ceil((goal - above) / weight).to(tl.int32))
+    weight = tl.where(goal > 0, weight, 1.0)
+    allowed = tl.ceil((goal - above) / weight).to(tl.int32)
     cut = end_of_ties(scores, scores_stride, first, end, key, allowed, SCORES)
     count = tl.full((), 0, tl.int32)
     for at in range(start, end, SCORES):
