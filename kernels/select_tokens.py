@@ -26,9 +26,9 @@ from torch import Tensor
 from smaug.kernels.launch import launch
 
 ROWS = 16  # rows of a tile that moves
-COLUMNS = 256  # of a column block, at most
+COLUMN_BYTES = 512  # of a row in a column block, at most; with 16 rows the sums take 32 registers a thread, or 16
 SCORES = 512  # scores looked at together
-GROUPS = 1024  # groups whose lengths are added together
+GROUPS = 512  # groups whose lengths are added together
 CUTTERS = 128
 WARPS = 4
 
@@ -531,6 +531,10 @@ def row_step(x: Tensor) -> tuple[Tensor, int]:
     return x, x.stride(0) if x.shape[0] > 1 else x.shape[1]
 
 
+def columns_of(x: Tensor) -> int:
+    return min(triton.next_power_of_2(max(x.shape[1], 1)), COLUMN_BYTES // x.element_size())
+
+
 def select_tokens(
     values: Tensor,
     scores: Tensor,
@@ -576,7 +580,7 @@ def select_tokens(
             num_warps=WARPS,
         )
     programs = max(min(groups, CUTTERS) if capacity else groups, 1)
-    columns = min(triton.next_power_of_2(max(d, 1)), COLUMNS)
+    columns = columns_of(values)
     launch(
         _select,
         (programs, max(triton.cdiv(d, columns), 1)),
@@ -645,7 +649,7 @@ def select_tokens_backward(
     step = d
     if values is not None:
         values, step = row_step(values)
-    columns = min(triton.next_power_of_2(max(d, 1)), COLUMNS)
+    columns = columns_of(grad)
     launch(
         _backward,
         (max(groups, 1), max(triton.cdiv(d, columns), 1)),
