@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from smaug.ops.implementation import load_kernels
+
 
 @dataclass(frozen=True)
 class Way:
@@ -36,9 +38,9 @@ def choose(fast: bool, device: str = "auto") -> Way:
     if not fast:
         return Way(torch.device(kind), torch.float32, "reference", "plain reference ops, fp32 (add --fast for speed)")
     if kind == "cuda":
-        return Way(
-            torch.device(kind), torch.bfloat16, "auto", "bf16, since every CUDA device that Triton serves has it"
-        )
+        status = load_kernels()
+        how = "Triton kernels" if status == "ok" else f"plain PyTorch operations: {status}"
+        return Way(torch.device(kind), torch.bfloat16, "auto", f"bf16; {how}")
     _keep_memory()
     if _cpu_has_bf16():
         return Way(

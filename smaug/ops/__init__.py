@@ -3,10 +3,13 @@
 import sys
 from typing import Any
 
+import torch
+
 from smaug.ops.attention import FLOPS as _attention_flops
 from smaug.ops.attention import attention
 from smaug.ops.gather_tokens import FLOPS as _gather_flops
 from smaug.ops.gather_tokens import gather_tokens, scatter_tokens
+from smaug.ops.implementation import load_kernels
 from smaug.ops.patch_embed import FLOPS as _patch_flops
 from smaug.ops.patch_embed import patch_embed
 from smaug.ops.pixel_loss import FLOPS as _pixel_flops
@@ -40,6 +43,9 @@ def register_flops() -> None:
 
 if "torch.utils.flop_counter" in sys.modules:
     register_flops()
+
+if torch.cuda.is_available():  # elsewhere Triton is not even imported
+    load_kernels()
 
 __all__ = [
     "attention",

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smaug.ops.implementation import running
 from smaug.tokens import Lengths
 
 # Scores of one chunk, in elements: about what the second-level cache of one core holds in fp32.
@@ -629,9 +630,7 @@ def attention(
         raise ValueError(f"segment_bias must be ({s_q}, {segments}), but is {tuple(segment_bias.shape)}.")
     if key_bias is not None and key_bias.shape != k.shape[:1]:
         raise ValueError(f"key_bias must be ({k.shape[0]},), one a key row, but is {tuple(key_bias.shape)}.")
-    if impl == "triton":
-        raise RuntimeError('attention has no Triton kernel in this version; use impl="auto" or impl="reference".')
-    if impl not in ("auto", "reference", "torch", "flash_attn", "xformers"):
+    if impl not in ("auto", "triton", "reference", "torch", "flash_attn", "xformers"):
         raise ValueError(
             f'impl={impl!r} is unknown; use "auto", "triton", "reference", "torch", "flash_attn" or "xformers".'
         )
@@ -648,10 +647,12 @@ def attention(
         pairs = [[s] for s in range(s_q)] if kv_ids is None else kv_ids.reshape(s_q, segments).tolist()
         cu_q, cu_k = (_offsets(c, n).tolist() for c, n in ((cu_seqlens_q, host_q), (cu_seqlens_k, host_k)))
         o, lse, scores = _reference(q, k, v, cu_q, cu_k, pairs, segment_bias, key_bias, scale, key_scores or "")
-    elif impl == "auto":
-        o, lse, scores = _attention(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, kv_ids, segment_bias, key_bias, scale, key_scores or "", host_q, host_k
-        )
+    elif impl in ("auto", "triton"):
+        with running(impl, "attention", q, _attention):
+            o, lse, scores = _attention(
+                *(q, k, v, cu_seqlens_q, cu_seqlens_k, kv_ids, segment_bias, key_bias),
+                *(scale, key_scores or "", host_q, host_k),
+            )
     else:
         if any(x is not None for x in (kv_ids, segment_bias, key_bias, key_scores)) or return_lse:
             raise RuntimeError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smaug.ops.random_mask import _refuse_triton
+from smaug.ops.implementation import running
 
 
 def _slots(ids: Tensor, cu_seqlens: Tensor | None, count: int, length: int) -> Tensor:
@@ -117,12 +117,12 @@ def gather_tokens(x: Tensor, ids: Tensor, cu_seqlens: Tensor | None = None, *, i
     one that is N or more, and every row of the tail give zeros and no gradient. Backward: `scatter_tokens` with zeros.
     Memory bound: reads and writes T * D elements. Deterministic, no host read.
     """
-    _refuse_triton(impl, "gather_tokens")
     _check_ids(ids, cu_seqlens, "gather_tokens")
     count = ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if x.ndim != 3 or x.shape[0] != count:
         raise ValueError(f"x must be ({count}, N, D), one grid a sequence, but is {tuple(x.shape)}.")
-    return _gather(x, ids, cu_seqlens)
+    with running(impl, "gather_tokens", x, _gather):
+        return _gather(x, ids, cu_seqlens)
 
 
 def scatter_tokens(
@@ -142,7 +142,6 @@ def scatter_tokens(
     ids int, ascending and unique within a sequence; -1, ``length`` or more, and rows of the tail are dropped and get
     gradient zero. Backward: `gather_tokens`. Memory bound. Deterministic, no host read. MAE, He et al. 2022, decoder.
     """
-    _refuse_triton(impl, "scatter_tokens")
     _check_ids(ids, cu_seqlens, "scatter_tokens")
     if x.shape[:-1] != ids.shape:
         raise ValueError(f"x {tuple(x.shape)} must have one row for each of ids {tuple(ids.shape)}.")
@@ -152,7 +151,8 @@ def scatter_tokens(
         hole: Tensor | None = fill
     else:
         hole = None if fill == 0 else x.new_full(x.shape[-1:], fill)
-    return _scatter(x, ids, length, hole, cu_seqlens)
+    with running(impl, "scatter_tokens", x, _scatter):
+        return _scatter(x, ids, length, hole, cu_seqlens)
 
 
 def _no_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:

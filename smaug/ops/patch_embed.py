@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from smaug.ops.random_mask import _refuse_triton
+from smaug.ops.implementation import running
 from smaug.tokens import PackedTokens
 
 
@@ -349,7 +349,6 @@ def patch_embed(
     Cost: 2 * B * K * 3tp^2 * D FLOPs forward, the same again for dweight. MAE (He et al. 2022), section 3, embeds all
     patches and drops most; the numbers are the same.
     """
-    _refuse_triton(impl, "patch_embed")
     size = (1, patch, patch) if isinstance(patch, int) else tuple(patch)
     if video.ndim != 5 or (video.shape[2] != 3 and video.shape[4] != 3):
         raise ValueError(f"video must be (B, F, 3, H, W) or (B, F, H, W, 3), but is {tuple(video.shape)}.")
@@ -379,9 +378,10 @@ def patch_embed(
         raise ValueError(f"uniform=True needs the same count in all {tubes} frames, but {k} patches do not divide.")
     kind = video.device.type
     dtype = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else weight.dtype
-    values, cu_seqlens, ids, token_size = _patch_embed(
-        video, ids_keep, weight, bias, position, prefix, size, mean, std, per_frame, uniform, dtype
-    )
+    with running(impl, "patch_embed", video, _patch_embed):
+        values, cu_seqlens, ids, token_size = _patch_embed(
+            video, ids_keep, weight, bias, position, prefix, size, mean, std, per_frame, uniform, dtype
+        )
     n_prefix = 0 if prefix is None else prefix.shape[0]
     each = _even(k, tubes, per_frame, uniform)
     lengths = None if each is None else each + n_prefix

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from smaug.ops.implementation import running
 from smaug.ops.patch_embed import _channels_last, _gather_pixels, _geometry
-from smaug.ops.random_mask import _refuse_triton
 
 # Elements of one chunk: in fp32 about half the second-level cache of one core, six times faster than all at once.
 _CHUNK = 1 << 17
@@ -118,7 +118,6 @@ def pixel_loss(
     keeps pred - target in pred's dtype. Sums are fp32. Deterministic, no host read. Memory bound: reads pred and a
     byte a pixel. MAE, He et al. 2022; VideoMAE, Tong et al. 2022, adds its 1e-6 to the root, not to the variance.
     """
-    _refuse_triton(impl, "pixel_loss")
     size = (1, patch, patch) if isinstance(patch, int) else tuple(patch)
     if video.ndim != 5 or (video.shape[2] != 3 and video.shape[4] != 3):
         raise ValueError(f"video must be (B, F, 3, H, W) or (B, F, H, W, 3), but is {tuple(video.shape)}.")
@@ -142,7 +141,8 @@ def pixel_loss(
     if normalise == "patch_channel" and pixels == 1:
         raise ValueError('normalise="patch_channel" needs more than one pixel a patch; use "patch" or None.')
     wants_grad = torch.is_grad_enabled() and pred.requires_grad
-    return _pixel_loss(pred, video.detach(), ids_removed, size, normalise or "", wants_grad)[0]
+    with running(impl, "pixel_loss", pred, _pixel_loss):
+        return _pixel_loss(pred, video.detach(), ids_removed, size, normalise or "", wants_grad)[0]
 
 
 def _flops(pred: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:

@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from smaug.ops.implementation import running
+
 Kind = Literal["random", "tube", "block", "frame"]
 
 _LOW32 = 0xFFFFFFFF
@@ -157,7 +159,6 @@ def random_mask(
 
     No host read; works on meta. Two sorts of (B, F * N) int64. 0 < keep <= F * N.
     """
-    _refuse_triton(impl, "random_mask")
     if len(grid) == 3:
         frames, rows, columns = grid
     else:
@@ -176,24 +177,18 @@ def random_mask(
     if samples.ndim != 1:
         raise ValueError(f"samples must be (B,), one number a clip, but is {tuple(samples.shape)}.")
     device = samples.device
-    return _random_mask(
-        samples.to(torch.int64),
-        _host_scalar(seed, device),
-        _host_scalar(draw, device),
-        frames,
-        rows,
-        columns,
-        keep,
-        kind,
-        stream,
-    )
-
-
-def _refuse_triton(impl: str, op: str) -> None:
-    if impl == "triton":
-        raise RuntimeError(f'{op} has no Triton kernel in this version; use impl="auto" or impl="reference".')
-    if impl not in ("auto", "reference"):
-        raise ValueError(f'impl={impl!r} is unknown to {op}; use "auto", "triton" or "reference".')
+    with running(impl, "random_mask", samples, _random_mask):
+        return _random_mask(
+            samples.to(torch.int64),
+            _host_scalar(seed, device),
+            _host_scalar(draw, device),
+            frames,
+            rows,
+            columns,
+            keep,
+            kind,
+            stream,
+        )
 
 
 def _flops(*args: object, out_val: object = None, **kwargs: object) -> int:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from smaug.ops.random_mask import _refuse_triton
+from smaug.ops.implementation import running
 from smaug.tokens import Lengths, PackedTokens
 
 
@@ -433,7 +433,6 @@ def select_tokens(
     Gradients: to tokens; to scores that ask for it, through the weights of the fused row.
     Deterministic, no host read. Cost: moves T * D elements and 2 * D FLOPs a dropped row. EViT, Liang et al. 2022.
     """
-    _refuse_triton(impl, "select_tokens")
     if (keep is None) == (mass is None):
         raise ValueError("select_tokens takes keep (an int count or a float ratio) or mass; give one of them.")
     if isinstance(keep, bool) or (isinstance(keep, int) and keep < 0):
@@ -474,20 +473,21 @@ def select_tokens(
                 "tokens.lengths, from which the exact number follows."
             )
         sizes = (capacity, *sizes[1:])
-    values, cu_seqlens, ids, size, ids_kept, ids_dropped, overflow, *_ = _select(
-        tokens.values,
-        scores,
-        tokens.cu_seqlens,
-        tokens.ids,
-        tokens.size,
-        prefix,
-        count,
-        ratio,
-        -1.0 if mass is None else mass,
-        fuse or "",
-        uniform,
-        sizes,
-    )
+    with running(impl, "select_tokens", tokens.values, _select):
+        values, cu_seqlens, ids, size, ids_kept, ids_dropped, overflow, *_ = _select(
+            tokens.values,
+            scores,
+            tokens.cu_seqlens,
+            tokens.ids,
+            tokens.size,
+            prefix,
+            count,
+            ratio,
+            -1.0 if mass is None else mass,
+            fuse or "",
+            uniform,
+            sizes,
+        )
     selected = PackedTokens(values, cu_seqlens, ids, size, longest, lengths)
     return (selected, ids_kept, ids_dropped) if mass is None else (selected, ids_kept, ids_dropped, overflow)
 

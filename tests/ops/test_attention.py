@@ -196,7 +196,7 @@ def test_autocast():
         (dict(causal=True), "bidirectional"),
         (dict(dropout_p=0.1), "no dropout"),
         (dict(return_attn_probs=True), "key_scores"),
-        (dict(impl="triton"), "no Triton kernel"),
+        (dict(impl="triton"), "runs on CUDA tensors"),
         (dict(impl="flash_attn"), "use impl="),
         (dict(impl="xformers"), "use impl="),
         (dict(impl="torch"), "only on CUDA"),

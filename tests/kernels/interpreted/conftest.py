@@ -32,7 +32,7 @@ def _poisoned(monkeypatch):
 
 @pytest.fixture
 def in_every_order(monkeypatch):
-    """in_every_order(f) runs f with programs in ascending, descending and shuffled order, demands equal bits, returns f's.
+    """in_every_order(f) runs f with programs in ascending, descending and shuffled order and demands equal bits.
 
     The interpreter runs programs one after another; where they depend on each other, the order shows it.
     """
