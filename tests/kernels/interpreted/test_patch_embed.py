@@ -95,13 +95,21 @@ def test_without_anything_that_may_be_left_out(per_frame):
 
 
 @pytest.mark.parametrize("per_frame", [False, True])
-@pytest.mark.parametrize("keep", [0, 1, 12])
-def test_one_patch_kept_all_or_none(keep, per_frame):
+@pytest.mark.parametrize("keep", [1, 12])
+def test_one_patch_kept_or_all(keep, per_frame):
     check(inputs((1, 4, 4), pixels=torch.float32, keep=keep, per_frame=per_frame), video_grad=True)
 
 
-def test_no_clips():
-    check(inputs((1, 4, 4), clips=0))
+@pytest.mark.parametrize(("clips", "keep"), [(2, 0), (0, 5)])
+def test_no_patch_kept_and_no_clips(clips, keep):
+    """Prefixes alone. Not compared: the CPU path raises."""
+    args = inputs((1, 4, 4), pixels=torch.float32, clips=clips, keep=keep)
+    video, ids, weight, _, _, prefix, *rest, _ = args
+    values, cu_seqlens, out_ids, size = patch_embed(*args)
+    assert torch.equal(values, prefix.repeat(clips, 1)) and cu_seqlens.tolist() == [0, 2, 4][: clips + 1]
+    assert (out_ids == -1).all() and (size == 1).all()
+    *grads, dprefix, dvideo = patch_embed_backward(torch.ones(values.shape), video, ids, weight, 12, 2, *rest, True)
+    assert all((g == 0).all() for g in (*grads, dvideo)) and (dprefix == clips).all()
 
 
 def test_an_empty_frame_has_its_prefix():
