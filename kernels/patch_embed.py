@@ -47,7 +47,7 @@ _DWEIGHT = {
     90: dict(BLOCK_D=128, BLOCK_P=64, BLOCK_M=64, num_warps=8, num_stages=3),
 }
 _DVIDEO = {
-    80: dict(BLOCK_M=128, BLOCK_P=64, BLOCK_K=32, num_warps=8, num_stages=3),
+    80: dict(BLOCK_M=64, BLOCK_P=64, BLOCK_K=32, num_warps=4, num_stages=3),
 }
 # fp32 in fp32, without tensor cores: the accumulator and both operands are in registers.
 _FP32 = dict(num_warps=8, num_stages=2)
@@ -291,7 +291,8 @@ def _sum_splits(partial, out, block, count, splits, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["splits", "blocks", "bias_blocks", "clips", "positions", "repeats", *_SIZES])
 def _tables(
     grad, ids_keep, partial, partial_bias, dweight, dbias, dposition, dprefix,
-    splits, blocks, bias_blocks, clips, positions, repeats, kept, each, tubes, sequences, prefixes, patches, d, p, steps,
+    splits, blocks, bias_blocks, clips, positions, repeats,
+    kept, each, tubes, sequences, prefixes, patches, d, p, steps,
     EVEN: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -439,6 +440,8 @@ def patch_embed(
     size = weight.new_empty((total,), dtype=torch.float32)
     patches = (where["height"] // where["PH"]) * (where["width"] // where["PW"])
     blocks = _blocks(_EMBED_LAST if where["LAST"] else _EMBED, _EMBED_FP32, dtype)
+    if video.is_floating_point():
+        blocks = {**blocks, "num_stages": 2}  # fp32 pixels and weights in three do not fit sm_86
     tiles = triton.cdiv(rows, blocks["BLOCK_M"]) + triton.cdiv(sequences + 1, blocks["BLOCK_M"])
     launch(
         _embed, (tiles * triton.cdiv(d, blocks["BLOCK_D"]),),

@@ -11,10 +11,12 @@ from smaug.testing import relative_error, surrounded
 MEAN, STD = (0.48, 0.45, 0.40), (0.22, 0.23, 0.25)
 
 
-def inputs(patch, last=False, pixels=torch.uint8, dtype=torch.float32, d=24, clips=2, grid=(2, 2, 3), keep=5, **options):
+def inputs(
+    patch, last=False, pixels=torch.uint8, dtype=torch.float32, d=24, clips=2, grid=(2, 2, 3), keep=5, **options
+):
     """The op's arguments; rows of patches and columns differ, so that a swap shows."""
     bias, position, prefixes, per_frame, uniform = (
-        options.get(name, default)
+        more.get(name, default)
         for name, default in dict(bias=True, position="full", prefixes=2, per_frame=False, uniform=False).items()
     )
     t, ph, pw = patch
@@ -29,7 +31,9 @@ def inputs(patch, last=False, pixels=torch.uint8, dtype=torch.float32, d=24, cli
     ids = ids[:, :keep]
     p = 3 * t * ph * pw
     weight = (torch.randn(d, p) / p**0.5).to(dtype)
-    table = None if position is None else torch.randn(tubes * rows * columns if position == "full" else rows * columns, d)
+    table = (
+        None if position is None else torch.randn(tubes * rows * columns if position == "full" else rows * columns, d)
+    )
     return (
         video, ids, weight, torch.randn(d).to(dtype) if bias else None, table if table is None else table.to(dtype),
         torch.randn(prefixes, d).to(dtype) if prefixes else None, list(patch), MEAN, STD, per_frame, uniform, dtype,
