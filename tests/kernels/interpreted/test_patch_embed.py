@@ -16,7 +16,7 @@ def inputs(
 ):
     """The op's arguments; rows of patches and columns differ, so that a swap shows."""
     bias, position, prefixes, per_frame, uniform = (
-        more.get(name, default)
+        options.get(name, default)
         for name, default in dict(bias=True, position="full", prefixes=2, per_frame=False, uniform=False).items()
     )
     t, ph, pw = patch
@@ -128,7 +128,7 @@ def test_an_empty_frame_has_its_prefix():
 def test_several_tiles_and_splits_in_every_order(in_every_order, monkeypatch, last, per_frame):
     """Rows, D and P are no multiples of their blocks; ids are int64, as from topk; sums come in a fixed order."""
     monkeypatch.setattr("smaug.kernels.patch_embed._SPLIT_ROWS", 32)
-    args = list(inputs((1, 8, 4), last, torch.float32, d=72, clips=3, keep=47, grid=(2, 4, 7), per_frame=per_frame))
+    args = list(inputs((1, 8, 4), last, torch.float32, d=72, clips=6, keep=11, position="frame", per_frame=per_frame))
     args[1] = args[1].long()
     agree(in_every_order(lambda: patch_embed(*args)), torch.ops.smaug.patch_embed(*args), 2e-6)
     args = backward_arguments(args, video_grad=True)
