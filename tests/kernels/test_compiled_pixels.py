@@ -1,0 +1,120 @@
+"""The launches of patch_embed and pixel_loss at ViT-B/16 shapes, compiled without a GPU and looked at."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+import smaug.ops  # noqa: F401  before the kernels: it defines the ops they are registered for
+from smaug.kernels import launch
+from smaug.kernels.patch_embed import patch_embed, patch_embed_backward
+from smaug.kernels.pixel_loss import pixel_loss, pixel_loss_backward
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}  # bytes a block may have
+PRODUCT = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+CLIPS, FRAMES, KEEP, REMOVED, D, PATCH = 64, 16, 157, 1411, 768, (2, 16, 16)
+MEAN, STD = (0.48, 0.45, 0.40), (0.22, 0.23, 0.25)
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def recorded(architecture, last, pixels=torch.uint8, dtype=torch.bfloat16, per_frame=False, clips=CLIPS):
+    """-> launches of patch_embed forward, backward, of pixel_loss forward, backward."""
+    picture = (224, 224, 3) if last else (3, 224, 224)
+    video = meta(clips, FRAMES, *picture, dtype=pixels)
+    ids, removed = (meta(clips, n, dtype=torch.int32) for n in (KEEP, REMOVED))
+    weight, bias, position, prefix = (meta(*s, dtype=dtype) for s in ((D, 1536), (D,), (KEEP + REMOVED, D), (1, D)))
+    rest = PATCH, MEAN, STD, per_frame, False
+    parts = []
+    with launch.record(architecture) as launches:
+
+        def part():
+            parts.append(launches[sum(map(len, parts)) :])
+
+        values = patch_embed(video, ids, weight, bias, position, prefix, *rest, dtype)[0]
+        part()
+        patch_embed_backward(values, video, ids, weight, KEEP + REMOVED, 1, *rest, pixels != torch.uint8)
+        part()
+        loss, difference = pixel_loss(meta(clips, REMOVED, 1536, dtype=dtype), video, removed, PATCH, "patch", True)
+        part()
+        pixel_loss_backward(loss, difference)
+        part()
+    return parts
+
+
+def disassembled(cubin):
+    """Registers, bytes on the stack, and the instructions' names."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]+)", sass)
+    return registers, stack + local, names
+
+
+def compiled(launched, architecture):
+    built = launch.compile_for(launched, architecture)
+    registers, spilled, names = disassembled(built.asm["cubin"])
+    print(f"sm_{architecture} {launched.name}: {registers} registers, {built.metadata.shared} bytes shared")
+    assert not re.search(r"\b(atom|red)\.", built.asm["ptx"]), launched.name
+    assert spilled == 0 and not {"STL", "LDL"} & {name.partition(".")[0] for name in names}, launched.name
+    assert built.metadata.shared <= SHARED[architecture]
+    return built.asm["ptx"], names
+
+
+def check_all(parts, architecture, last):
+    """Everything that is asked of a kernel, of every launch."""
+    for launched in (x for part in parts for x in part):
+        ptx, names = compiled(launched, architecture)
+        if launched.name in ("_embed", "_dweight", "_dvideo"):
+            assert any(name.startswith(PRODUCT[architecture]) for name in names), launched.name
+        if launched.name in ("_embed", "_dweight") or (launched.name == "_differences" and not last):
+            # pixels 16 bytes at a time, by cp.async or to registers, and none by the byte
+            assert re.search(r"cp\.async\.c\S* .* 0x10,|ld\.global\S*\.v4\.b32", ptx), launched.name
+            assert not re.search(r"ld\.global\S*\.[bu]8\b", ptx), launched.name
+        if launched.name == "_embed":
+            # sm_90 copies a channels-last row 8 bytes at a time: there the layout follows the product's operand
+            narrow = "0x4" if last and architecture == 90 else "0x[48]"
+            assert not re.search(rf"cp\.async\.c\S* .* {narrow},", ptx), launched.name
+        if launched.name in ("_differences", "_scale"):
+            assert sum(name.startswith("STG.E.128") for name in names), launched.name
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("architecture", [80, 86, 90])
+def test_a_training_step_of_uint8_video(architecture, last):
+    parts = recorded(architecture, last)
+    assert [[x.name for x in part] for part in parts] == [
+        ["_embed"], ["_dweight", "_tables"], ["_differences", "_mean"], ["_scale"],
+    ]  # fmt: skip
+    check_all(parts, architecture, last)
+
+
+def test_blackwell():
+    (forward, backward, *_) = recorded(100, False)
+    check_all([forward, backward], 100, False)
+
+
+def test_float_video_that_wants_a_gradient_and_frames_of_unknown_length():
+    _, backward, *_ = recorded(90, True, torch.bfloat16, per_frame=True)
+    assert [x.name for x in backward] == ["_dweight", "_tables", "_dvideo"]
+    for launched in backward:
+        compiled(launched, 90)
+
+
+def test_the_batch_and_the_number_kept_are_not_compiled_in():
+    """No recompilation as they change: the same kernel object, of every launch."""
+    first, second = ([x for part in recorded(80, False, clips=clips) for x in part] for clips in (64, 63))
+    for a, b in zip(first, second, strict=True):
+        assert launch.compile_for(a, 80) is launch.compile_for(b, 80), a.name
