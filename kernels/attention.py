@@ -32,16 +32,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smaug.kernels.launch import launch
+from smaug.kernels.launch import architecture, launch
 
-# (BLOCK_M queries, BLOCK_N keys, num_warps, num_stages) by shared memory and width, for sequences of 16 to 400 tokens.
-# Chosen by compiling, not by timing: no spills, and the shared memory limit of the smallest device in the row holds.
-_TABLE = {
-    # width: forward, backward for queries, backward for keys
-    32: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    64: ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    128: ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2)),
-    256: ((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)),
+# By width, for (forward and scores, backward for queries, backward for keys): BLOCK_M queries, BLOCK_N keys, num_warps,
+# num_stages and, where the assembler would rather spill than run one program less, registers a thread. Chosen for
+# sequences of 16 to 400 tokens by compiling, not by timing: 3 stages so that copies overlap, no spills, and at most
+# 101,376 bytes of shared memory, which every device from sm_80 on has. tests/kernels/test_compiled_attention.py checks.
+_TABLE: dict[int, tuple[tuple[int, ...], ...]] = {
+    32: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3, 168)),
+    64: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
+    80: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
+    96: ((64, 32, 4, 3), (64, 32, 4, 3), (16, 64, 4, 3)),
+    128: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 32, 4, 3)),
+    256: ((64, 32, 8, 2), (16, 64, 8, 2), (32, 32, 8, 2)),
+}
+_EXCEPTIONS: dict[tuple[int, int, int], tuple[int, ...]] = {  # (device, width, which of the three)
+    (86, 80, 1): (32, 32, 4, 3),
+    (86, 96, 1): (32, 32, 4, 3),
+    (100, 64, 0): (64, 32, 4, 3, 168),
 }
 _SCAN_LIMIT = 16384  # entries of kv_ids that every key tile reads; beyond it an index is sorted once
 _LOG2E = 1.4426950408889634
@@ -166,7 +174,7 @@ def _load(x, first, stride, head, count, ROWS: tl.constexpr, FROM: tl.constexpr,
     if FROM + WIDTH > E:
         mask = mask & (columns < E)[None, :]
     at = x + tl.cast(first, tl.int64) * stride * 8 + head * E  # 64 bits: rows * stride may pass 2^31
-    return tl.load(at + rows.to(tl.int64)[:, None] * stride * 8 + columns[None, :], mask=mask, other=0.0)
+    return tl.load(at + rows[:, None] * (stride * 8) + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -177,7 +185,7 @@ def _store(x, first, head, heads, count, value, FROM: tl.constexpr, E: tl.conste
     if FROM + value.shape[1] > E:
         mask = mask & (columns < E)[None, :]
     at = x + tl.cast(first, tl.int64) * heads * E + head * E
-    tl.store(at + rows.to(tl.int64)[:, None] * heads * E + columns[None, :], value.to(x.dtype.element_ty), mask=mask)
+    tl.store(at + rows[:, None] * (heads * E) + columns[None, :], value.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -437,15 +445,15 @@ def attention_backward_biases(
 
 
 def _widths(e: int) -> tuple[int, int]:
-    """A head's width as one or two powers of two of at least 16: 80 is 64 + 16, where 128 would be 60 % more work."""
-    first = 1 << (e.bit_length() - 1)
-    rest = max(16, triton.next_power_of_2(e - first)) if e > first else 0
-    return (2 * first, 0) if rest >= first else (first, rest)
+    """A head's width as one or two powers of two: 80 is 64 + 16, where 128 would be 60 % more work for tensor cores."""
+    whole = max(16, triton.next_power_of_2(e))
+    rest = max(16, triton.next_power_of_2(e - whole // 2))
+    return (whole // 2, rest) if 32 < e <= 128 and rest < whole // 2 else (whole, 0)  # above 128 two parts spill
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x (T, H, E) with each row in one piece and rows aligned as `_load` expects; views of one projection are."""
-    fits = x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.stride(0) % 8 == 0
+    """x (T, H, E) itself if it suits `_load`, as views of one projection do: rows in one piece and aligned."""
+    fits = x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.stride(0) % 8 == 0 and x.stride(0) < 1 << 24
     return x if fits else x.contiguous()
 
 
@@ -453,14 +461,18 @@ def _plain(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _configuration(kind: int, q: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Constants and options of a kernel: 0 forward, 1 backward for queries, 2 for keys."""
+def _configuration(which: int, q: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Constants and options of a kernel: 0 forward and scores, 1 backward for queries, 2 backward for keys."""
     e1, e2 = _widths(q.shape[2])
-    block_m, block_n, num_warps, num_stages = _TABLE[max(32, triton.next_power_of_2(e1 + e2))][kind]
+    width = min(w for w in _TABLE if w >= e1 + e2)
+    device = architecture()
+    device = 86 if device in (86, 89) or device >= 120 else min(device // 10 * 10, 100)
+    entry = _EXCEPTIONS.get((device, width, which), _TABLE[width][which])
+    block_m, block_n, num_warps, num_stages, *registers = entry
     if q.dtype == torch.float32:  # twice the shared memory, no tensor cores
-        block_m, block_n, num_stages = min(block_m, 32), min(block_n, 32), 1
+        block_m, block_n, num_warps, num_stages, registers = 32, 32, 8, 1, []
     blocks = dict(E=q.shape[2], E1=e1, E2=e2, BLOCK_M=block_m, BLOCK_N=block_n)
-    return blocks, dict(num_warps=num_warps, num_stages=num_stages)
+    return blocks, dict(num_warps=num_warps, num_stages=num_stages, **({"maxnreg": registers[0]} if registers else {}))
 
 
 def _index(kv_ids: Tensor | None, sequences_k: int) -> tuple[Tensor | None, Tensor | None]:
