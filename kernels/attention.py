@@ -233,8 +233,8 @@ def attention_forward(
             if E2:
                 v2 = _load(v, n, stride_v, h // GROUP, end - n, BLOCK_N, E1, E2, E)
                 acc2 = _dot(p.to(v2.dtype), v2, acc2 * shrink[:, None])
-    seen = total > 0
-    share = tl.where(seen, 1 / tl.where(seen, total, 1.0), 0.0)
+    seen, total = total > 0, tl.where(total > 0, total, 1.0)
+    share = tl.where(seen, 1 / total, 0.0)
     _store(o, first, h, heads, count, acc1 * share[:, None], 0, E)
     if E2:
         _store(o, first, h, heads, count, acc2 * share[:, None], E1, E)

@@ -79,12 +79,11 @@ def test_lengths_do_not_recompile():
     assert len(built[0]) == 5 and all(a is b is c for a, b, c in zip(*built, strict=True))
 
 
-def judge(found, architecture):
+def judge(found, architecture, file):
     """Compiles a launch -> its registers, spills, shared memory and counts of instructions."""
     built = launch.compile_for(found, architecture)
-    tools = lambda tool, *flags: subprocess.run(  # noqa: E731
-        [TOOLS / tool, *flags, "/dev/stdin"], input=built.asm["cubin"], capture_output=True, check=True
-    ).stdout.decode()
+    file.write_bytes(built.asm["cubin"])
+    tools = lambda tool, flag: subprocess.check_output([TOOLS / tool, flag, file], text=True)  # noqa: E731
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tools("cuobjdump", "-res-usage")))
     sass = tools("nvdisasm", "-c")
     count = lambda pattern: len(re.findall(rf"\b(?:{pattern})\b", sass))  # noqa: E731
@@ -105,15 +104,17 @@ SLOW = [(a, e) for a in (80, 86, 90) for e in (32, 64, 80, 128, 256) if (a, e) n
 @pytest.mark.parametrize(
     ("architecture", "e"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
-def test_no_spills_no_atomics_tensor_cores_and_asynchronous_copies(architecture, e):
+def test_no_spills_no_atomics_tensor_cores_and_asynchronous_copies(architecture, e, tmp_path):
     everything, _, _ = _record(architecture, _inputs(e, True), "mean")
     plain, _, _ = _record(architecture, _inputs(e, False), grad_lse=False)
+    wrong = []
     for kind, launches in (("full", everything), ("plain", plain)):
         for found in launches:
-            facts = judge(found, architecture)
-            shown = f"sm_{architecture} E={e} {kind} {found.name} {facts}"
-            print(shown)
-            assert facts["stack"] == 0 and facts["atomic"] == 0, shown
-            assert facts["shared"] <= SHARED_LIMIT[architecture], shown
+            facts = judge(found, architecture, tmp_path / "cubin")
+            print(f"sm_{architecture} E={e} {kind} {found.name} {facts}")
+            good = facts["stack"] == 0 and facts["atomic"] == 0 and facts["shared"] <= SHARED_LIMIT[architecture]
             if found.name in MAIN:
-                assert facts["tensor core"] and facts["async copy"], shown
+                good = good and facts["tensor core"] > 0 and facts["async copy"] > 0
+            if not good:
+                wrong.append((kind, found.name, facts))
+    assert not wrong
