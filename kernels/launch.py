@@ -12,6 +12,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -40,7 +41,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, meta))
     elif all(grid):
-        kernel[grid](*args, **meta)
+        # Triton starts a kernel on the current device, which need not be that of the tensors.
+        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            kernel[grid](*args, **meta)
 
 
 @contextlib.contextmanager
@@ -61,8 +65,6 @@ def architecture() -> int:
         return _architecture
     if triton.knobs.runtime.interpret:
         return 80
-    import torch
-
     major, minor = torch.cuda.get_device_capability()
     return 10 * major + minor
 
