@@ -75,7 +75,11 @@ def variant(name: str) -> Recipe:
         "smaug-selector-random-pruning": model(selector=learned, video=dataclasses.replace(video, prune=prune)),
         "smaug-selector-random-frames": model(selector=random),
         "smaug-no-pruning": seen(prune=dataclasses.replace(prune, blocks=())),
-        "smaug-large-patches": seen(patch=2 * video.patch),
+        # Of 16 patches a moment few can be spared.
+        "smaug-large-patches": dataclasses.replace(
+            seen(patch=2 * video.patch, prune=dataclasses.replace(prune, blocks=())),
+            video_mask=dataclasses.replace(base.video_mask, ratio=0.25),
+        ),
         # Half and a quarter of the frames, and as many tokens a clip as smaug's encoder sees.
         "dense-two-tubes": seen(frames=2 * video.tubelet),
         "dense-one-tube": seen(frames=video.tubelet),
