@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -57,14 +58,14 @@ def _pixel_rows(video: Tensor, ids: Tensor, patch: Sequence[int]) -> tuple[Tenso
 def _gather_pixels(video: Tensor, ids: Tensor, patch: Sequence[int]) -> Tensor:
     """(B * K, 3 * t * ph * pw) in the video's dtype, in the order of `_weight_rows`."""
     flat, index = _pixel_rows(video, ids, patch)
-    count = ids.shape[0] * ids.shape[1]
+    shape = ids.shape[0] * ids.shape[1], 3 * math.prod(patch)
     width = flat.shape[1] * flat.element_size()
     if flat.dtype == torch.uint8 and width % 8 == 0 and flat.storage_offset() % 8 == 0:
         # eight pixels as one int64: an eighth of the work of gathering bytes
         words = flat.view(torch.int64)
         words = words.view(-1) if words.shape[1] == 1 else words
-        return words.index_select(0, index).view(torch.uint8).view(count, -1)
-    return flat.index_select(0, index).view(count, -1)
+        return words.index_select(0, index).view(torch.uint8).view(shape)
+    return flat.index_select(0, index).view(shape)
 
 
 def _weight_rows(weight: Tensor, patch: Sequence[int], last: bool) -> Tensor:

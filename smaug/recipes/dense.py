@@ -31,6 +31,6 @@ def recipe(size: str = "tiny") -> Recipe:
         text_mask=TextMask(ratio=0.0),
         objectives={"vtc": Vtc(), "vtm": Vtm(), "mlm": Mlm()},
         data=DataConfig(batch=128),
-        optim=OptimConfig(lr=1.5e-3, steps=600),
+        optim=OptimConfig(lr=1e-3, steps=600),
         eval_top=16 if size == "tiny" else 128,
     )

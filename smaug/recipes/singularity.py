@@ -34,6 +34,6 @@ def recipe(size: str = "tiny") -> Recipe:
         objectives={"vtc": Vtc(), "vtm": Vtm(), "mlm": Mlm()},
         eval_frames=4,
         data=DataConfig(batch=128),
-        optim=OptimConfig(lr=1.5e-3, steps=600),
+        optim=OptimConfig(lr=1e-3, steps=600),
         eval_top=16 if size == "tiny" else 128,
     )

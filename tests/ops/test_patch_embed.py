@@ -215,3 +215,14 @@ def test_compiles():
     compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
     for b in (2, 3):
         torch.testing.assert_close(compiled(video[:b], ids[:b]), f(video[:b], ids[:b]))
+
+
+@pytest.mark.parametrize("clips,count", [(2, 0), (0, 5)])
+def test_no_patch_and_no_clip_give_what_is_left(clips, count):
+    video = torch.zeros(clips, 2, 8, 8, 3, dtype=torch.uint8)
+    weight, prefix = torch.randn(6, 3 * 16, requires_grad=True), torch.randn(1, 6, requires_grad=True)
+    ids = torch.zeros(clips, count, dtype=torch.int32)
+    tokens = ops.patch_embed(video, ids, weight, patch=4, mean=(0.5,) * 3, std=(0.25,) * 3, prefix=prefix)
+    assert torch.equal(tokens.values, prefix.expand(clips, -1)) and tokens.num_sequences == clips
+    tokens.values.sum().backward()
+    assert (weight.grad == 0).all() and (prefix.grad == clips).all()
