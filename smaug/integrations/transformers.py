@@ -96,8 +96,8 @@ def key_mask(
 
     if mask_function is not bidirectional_mask_function:
         raise ValueError(
-            "smaug's attention is bidirectional and takes padding masks only; give parts with causal, windowed or block "
-            'masks attn_implementation="sdpa", as in {"vision_config": "smaug_flash", "text_config": "sdpa"}.'
+            "smaug's attention is bidirectional and takes padding masks only; give parts with other masks "
+            'attn_implementation="sdpa", as in {"vision_config": "smaug_flash", "text_config": "sdpa"}.'
         )
     if attention_mask is None:
         return None

@@ -34,6 +34,12 @@ class SparseAttention(nn.Module):
     dropout > 0 while training.
     """
 
+    in_proj_weight: nn.Parameter | None
+    q_proj_weight: nn.Parameter | None
+    k_proj_weight: nn.Parameter | None
+    v_proj_weight: nn.Parameter | None
+    in_proj_bias: nn.Parameter | None
+
     def __init__(
         self,
         embed_dim: int,
@@ -245,8 +251,11 @@ class SparseAttention(nn.Module):
             )
         each = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        inputs = (query, key, value)
-        return tuple(F.linear(x, w, c).view(-1, *heads) for x, w, c in zip(inputs, each, biases, strict=True))
+        rows = []
+        for x, w, c in zip((query, key, value), each, biases, strict=True):
+            assert w is not None
+            rows.append(F.linear(x, w, c).view(-1, *heads))
+        return tuple(rows)
 
 
 def _kept(mask: Tensor, b: int, keys: int) -> tuple[Tensor, Tensor, Tensor | None]:
