@@ -4,6 +4,7 @@ import builtins
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from smaug.integrations.transformers import INSTALL, attend, register
 from smaug.testing import HostReads, offsets
@@ -167,6 +168,29 @@ def test_packed_cross_attention():
     for rows, keys in ((slice(0, 2), slice(0, 4)), (slice(2, 5), slice(4, 6))):
         want = torch.nn.functional.scaled_dot_product_attention(query[:, :, rows], key[:, :, keys], value[:, :, keys])
         torch.testing.assert_close(got[:, rows], want.transpose(1, 2))
+
+
+def test_compiles_without_recompiling():
+    """Packed, and padded with the mask that a model makes: no graph break, and no new graph as lengths change."""
+
+    def packed(x, cu):
+        return attend(torch.nn.Module(), x, x, x, None, cu_seq_lens_q=cu, cu_seq_lens_k=cu)[0]
+
+    def padded(x, mask):
+        return attend(torch.nn.Module(), x, x, x, mask)[0]
+
+    for call in (packed, padded):
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=counter)
+        graphs = []
+        for lengths in ([3, 4], [5, 2, 6], [9, 1, 2, 2]):
+            longest = max(lengths)
+            mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+            x = torch.randn(*((1, 7, sum(lengths)) if call is packed else (len(lengths), 7, longest)), 16)
+            inputs = x, offsets(lengths) if call is packed else mask
+            torch.testing.assert_close(compiled(*inputs), call(*inputs))
+            graphs.append(counter.frame_count)
+        assert graphs == graphs[:1] * 3
 
 
 @pytest.mark.parametrize(
