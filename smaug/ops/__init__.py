@@ -10,6 +10,7 @@ from smaug.ops.attention import attention
 from smaug.ops.gather_tokens import FLOPS as _gather_flops
 from smaug.ops.gather_tokens import gather_tokens, scatter_tokens
 from smaug.ops.implementation import load_kernels
+from smaug.ops.layer import SparseAttention
 from smaug.ops.patch_embed import FLOPS as _patch_flops
 from smaug.ops.patch_embed import patch_embed
 from smaug.ops.pixel_loss import FLOPS as _pixel_flops
@@ -48,6 +49,7 @@ if torch.cuda.is_available():  # elsewhere Triton is not even imported
     load_kernels()
 
 __all__ = [
+    "SparseAttention",
     "attention",
     "gather_tokens",
     "keep_count",
