@@ -1,0 +1,120 @@
+"""The attention kernels as a GPU would run them, judged without one: launches, registers, memory and instructions."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from smaug import ops  # noqa: F401  registers the ops that the launchers must agree with
+from smaug.kernels import attention as kernels
+from smaug.kernels import launch
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
+TENSOR_CORE = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HG?MMA", 100: r"UTC\w*MMA|HMMA"}
+MAIN = "attention_forward", "attention_backward_queries", "attention_backward_keys"
+
+
+def _meta(*shape, dtype=torch.float32):
+    return torch.empty(*shape, device="meta", dtype=dtype)
+
+
+def _inputs(e, full, rows=640, sequences=5, segments=3, heads_kv=2, dtype=torch.bfloat16):
+    """What the ops take, but scale and what follows: everything at once, or plain self-attention of one projection."""
+    cu = _meta(sequences + 1, dtype=torch.int32)
+    q, k, v = _meta(rows, 3, 2, e, dtype=dtype).unbind(1)
+    if not full:
+        return q, k, v, cu, cu, None, None, None
+    k, v = (_meta(rows, heads_kv, e, dtype=dtype) for _ in range(2))
+    ids = _meta(sequences, segments, dtype=torch.int32)
+    return q, k, v, cu, cu, ids, _meta(sequences, segments), _meta(rows)
+
+
+def _record(architecture, inputs, scores="", bias_grad=True, grad_lse=True):
+    with launch.record(architecture) as launches:
+        out = kernels.attention(*inputs, 0.1, scores, [], [])
+        lse = out[1] if grad_lse else None
+        grads = kernels.attention_backward(out[0], lse, *inputs[:3], *out[:2], *inputs[3:], 0.1, bias_grad, [], [])
+    return launches, out, grads
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("e", [16, 24, 72, 256])
+def test_launches_shapes_and_no_host_read(e, full):
+    """On meta a host read raises. Forward 1, with scores 2; backward 2, with a bias 3."""
+    inputs = _inputs(e, full)
+    for scores in ("", "cls", "mean"):
+        launches, out, grads = _record(80, inputs, scores)
+        names = [found.name for found in launches]
+        assert names == [
+            "attention_forward",
+            *(["attention_scores"] if scores else []),
+            "attention_backward_queries",
+            "attention_backward_keys",
+            *(["attention_backward_biases"] if full else []),
+        ]
+        want = torch.ops.smaug.attention(*inputs, 0.1, scores, [], [])
+        want_grads = torch.ops.smaug.attention_backward(
+            out[0], None, *inputs[:3], *out[:2], *inputs[3:], 0.1, True, [], []
+        )
+        for a, b in zip((*out, *grads), (*want, *want_grads), strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype and a.stride() == b.stride()
+    assert len(_record(80, inputs, bias_grad=False)[0]) == 3
+
+
+def test_many_entries_are_indexed_without_a_host_read():
+    launches, _, _ = _record(80, _inputs(16, True, sequences=200, segments=100))
+    order, starts = launches[2].args[12:14]
+    assert order.shape == (20_000,) and starts.shape == (201,)
+
+
+def test_lengths_do_not_recompile():
+    built = []
+    for rows, sequences, segments in ((640, 5, 3), (1000, 16, 2), (77, 7, 1)):
+        launches, _, _ = _record(80, _inputs(16, True, rows, sequences, segments), "mean")
+        built.append([launch.compile_for(found, 80) for found in launches])
+    assert len(built[0]) == 5 and all(a is b is c for a, b, c in zip(*built, strict=True))
+
+
+def judge(found, architecture, file):
+    """Compiles a launch -> its registers, spills, shared memory and counts of instructions."""
+    built = launch.compile_for(found, architecture)
+    file.write_bytes(built.asm["cubin"])
+    tools = lambda tool, flag: subprocess.check_output([TOOLS / tool, flag, file], text=True)  # noqa: E731
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tools("cuobjdump", "-res-usage")))
+    sass = tools("nvdisasm", "-c")
+    count = lambda pattern: len(re.findall(rf"\b(?:{pattern})\b", sass))  # noqa: E731
+    return {
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]) + int(usage["LOCAL"]) + count("LDL") + count("STL"),
+        "shared": built.metadata.shared,
+        "tensor core": count(TENSOR_CORE[architecture]),
+        "async copy": count("LDGSTS|UTMALDG"),
+        "atomic": len(re.findall(r"^\s*(?:@\S+\s+)?(?:atom|red)\.", built.asm["ptx"], re.M)),
+    }
+
+
+QUICK = [(80, 64), (90, 80)]
+SLOW = [(a, e) for a in (80, 86, 90) for e in (32, 64, 80, 128, 256) if (a, e) not in QUICK] + [(89, 64), (100, 64)]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "e"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_no_spills_no_atomics_tensor_cores_and_asynchronous_copies(architecture, e, tmp_path):
+    everything, _, _ = _record(architecture, _inputs(e, True), "mean")
+    plain, _, _ = _record(architecture, _inputs(e, False), grad_lse=False)
+    wrong = []
+    for kind, launches in (("full", everything), ("plain", plain)):
+        for found in launches:
+            facts = judge(found, architecture, tmp_path / "cubin")
+            print(f"sm_{architecture} E={e} {kind} {found.name} {facts}")
+            good = facts["stack"] == 0 and facts["atomic"] == 0 and facts["shared"] <= SHARED_LIMIT[architecture]
+            if found.name in MAIN:
+                good = good and facts["tensor core"] > 0 and facts["async copy"] > 0
+            if not good:
+                wrong.append((kind, found.name, facts))
+    assert not wrong
