@@ -85,14 +85,14 @@ def facts(launched: Launch, architecture: int) -> dict[str, Any]:
         file.write(built.asm["cubin"])
         file.flush()
         usage, code = (
-            subprocess.run([TOOLS / tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+            subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c", "-ndf"]))
         )
     used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     lines = _instructions(code)
     names = Counter(name for _, name in lines)
     count = {column: _count(names, pattern) for column, pattern in COUNTED.items()}
-    count["wide"] = sum(n for name, n in names.items() if re.match(r"(LDG|STG|LDGSTS)\.", name) and ".128" in name)
+    count["wide"] = sum(n for name, n in names.items() if re.fullmatch(r"(LDG|STG|LDGSTS)\..*\.(128|256)(\..*)?", name))
     limits, data = LIMITS[architecture], built.metadata
     loop = Counter(name for _, name in _inner_loop(code, limits.tensor_core))
     products = _count(loop, COUNTED[limits.tensor_core])
