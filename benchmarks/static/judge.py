@@ -65,6 +65,7 @@ COUNTED = {  # by the first part of an instruction's name
     "global": r"LDG|STG|LDGSTS",
     "mufu": "MUFU",
 }
+PRODUCT = rf"{COUNTED['hmma']}|{COUNTED['hgmma']}|{COUNTED['utchmma']}"
 
 
 def blocks_a_multiprocessor(registers: int, shared: int, warps: int, tensor_memory: int, limits: Limits) -> int:
@@ -94,8 +95,8 @@ def facts(launched: Launch, architecture: int) -> dict[str, Any]:
     count = {column: _count(names, pattern) for column, pattern in COUNTED.items()}
     count["wide"] = sum(n for name, n in names.items() if re.fullmatch(r"(LDG|STG|LDGSTS)\..*\.(128|256)(\..*)?", name))
     limits, data = LIMITS[architecture], built.metadata
-    loop = Counter(name for _, name in _inner_loop(code, limits.tensor_core))
-    products = _count(loop, COUNTED[limits.tensor_core])
+    loop = Counter(name for _, name in _inner_loop(code))
+    products = _count(loop, PRODUCT)
     mufu = count.pop("mufu")
     return {
         "registers": used["REG"],
@@ -182,7 +183,7 @@ def _count(names: Counter[str], pattern: str) -> int:
     return sum(n for name, n in names.items() if re.fullmatch(pattern, name.partition(".")[0]))
 
 
-def _inner_loop(code: str, tensor_core: str) -> list[tuple[int, str]]:
+def _inner_loop(code: str) -> list[tuple[int, str]]:
     """The instructions of the smallest loop that has products in it; of everything where there is none."""
     everything = _instructions(code)
     labels: dict[str, int] = {}
@@ -200,6 +201,6 @@ def _inner_loop(code: str, tensor_core: str) -> list[tuple[int, str]]:
     loops = [(labels[label], end) for end, label in jumps if label in labels and labels[label] <= end]
     for first, last in sorted(loops, key=lambda loop: loop[1] - loop[0]):
         inside = [(address, name) for address, name in everything if first <= address <= last]
-        if _count(Counter(name for _, name in inside), COUNTED[tensor_core]):
+        if _count(Counter(name for _, name in inside), PRODUCT):
             return inside
     return everything
