@@ -64,7 +64,10 @@ def _facts(number: int) -> tuple[str, dict[str, Any]]:
 
 
 def make(
-    wanted: dict[str, Variant], known: dict[str, Row], jobs: int = 1, keep: Callable[[dict[str, Row]], None] = len
+    wanted: dict[str, Variant],
+    known: dict[str, Row],
+    jobs: int = 1,
+    keep: Callable[[dict[str, Row]], None] = lambda rows: None,
 ) -> dict[str, Row]:
     """Rows of the variants wanted, in their order; those known are not compiled. `keep` gets what is there so far."""
     global _to_make
