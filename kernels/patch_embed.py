@@ -442,7 +442,8 @@ def patch_embed(
     patches = (where["height"] // where["PH"]) * (where["width"] // where["PW"])
     blocks = _blocks(_EMBED_LAST if where["LAST"] else _EMBED, _EMBED_FP32, dtype)
     if video.is_floating_point():
-        blocks = {**blocks, "num_stages": 2}  # fp32 pixels and weights in three do not fit sm_86
+        # fp32 pixels and weights in three stages do not fit sm_86; left alone, the assembler takes 128 registers and spills
+        blocks = {**blocks, "num_stages": 2, "maxnreg": 224}
     tiles = triton.cdiv(rows, blocks["BLOCK_M"]) + triton.cdiv(sequences + 1, blocks["BLOCK_M"])
     launch(
         _embed, (tiles * triton.cdiv(d, blocks["BLOCK_D"]),),

@@ -61,7 +61,6 @@ COUNTED = {  # by the first part of an instruction's name
     "utchmma": r"UTC\w*MMA",
     "ldgsts": "LDGSTS",
     "utmaldg": "UTMALDG",
-    "atomics": r"ATOM[GS]?|REDG?",  # REDUX is a reduction within a warp
     "global": r"LDG|STG|LDGSTS",
     "mufu": "MUFU",
 }
@@ -105,6 +104,8 @@ def facts(launched: Launch, architecture: int) -> dict[str, Any]:
         "blocks": blocks_a_multiprocessor(used["REG"], data.shared, data.num_warps, data.tmem_size, limits),
         "warps": data.num_warps,
         **count,
+        # in PTX: where the assembler hands out tensor memory, it adds ATOMS of its own on the block's shared memory
+        "atomics": len(re.findall(r"^\s*(?:@\S+\s+)?(?:atom|red)\.", built.asm["ptx"], re.MULTILINE)),
         "mufu": mufu,
         "mufu_per_product": round(_count(loop, "MUFU") / products, 2) if products else "",
     }
