@@ -442,7 +442,7 @@ def patch_embed(
     patches = (where["height"] // where["PH"]) * (where["width"] // where["PW"])
     blocks = _blocks(_EMBED_LAST if where["LAST"] else _EMBED, _EMBED_FP32, dtype)
     if video.is_floating_point():
-        # fp32 pixels and weights in three stages do not fit sm_86; left alone, the assembler takes 128 registers and spills
+        # fp32 pixels and weights in three do not fit sm_86; left alone, the assembler takes 128 registers and spills
         blocks = {**blocks, "num_stages": 2, "maxnreg": 224}
     tiles = triton.cdiv(rows, blocks["BLOCK_M"]) + triton.cdiv(sequences + 1, blocks["BLOCK_M"])
     launch(
