@@ -47,8 +47,10 @@ _TABLE: dict[int, tuple[tuple[int, ...], ...]] = {
     256: ((64, 32, 8, 2), (16, 64, 8, 2), (32, 32, 8, 2)),
 }
 _EXCEPTIONS: dict[tuple[int, int, int], tuple[int, ...]] = {  # (device, width, which of the three)
+    (80, 64, 1): (64, 32, 4, 3, 224),
     (86, 80, 1): (32, 32, 4, 3),
     (86, 96, 1): (32, 32, 4, 3),
+    (100, 32, 0): (64, 32, 4, 3, 168),
     (100, 64, 0): (64, 32, 4, 3, 168),
 }
 _SCAN_LIMIT = 16384  # entries of kv_ids that every key tile reads; beyond it an index is sorted once

@@ -85,11 +85,25 @@ class _Offline:
         return self.target
 
 
-def compile_for(launched: Launch, capability: int) -> Any:
-    """Compiles a recorded launch for an architecture, no device needed -> Triton's CompiledKernel (asm, metadata)."""
+@contextlib.contextmanager
+def _offline(capability: int) -> Generator[None, None, None]:
     active = driver._active
     driver._active = _Offline(capability)
     try:
-        return launched.kernel.warmup(*launched.args, grid=launched.grid, **launched.meta)
+        yield
     finally:
         driver._active = active
+
+
+def compile_for(launched: Launch, capability: int) -> Any:
+    """Compiles a recorded launch for an architecture, no device needed -> Triton's CompiledKernel (asm, metadata)."""
+    with _offline(capability):
+        return launched.kernel.warmup(*launched.args, grid=launched.grid, **launched.meta)
+
+
+def specialisation(launched: Launch, capability: int) -> str:
+    """What Triton would tell this launch apart by from others of its kernel: types, alignments, constants, options."""
+    with _offline(capability):
+        binder = launched.kernel.device_caches[capability][-1]
+        _, types, options = binder(*launched.args, **launched.meta)
+    return str((types, sorted(options.items())))
