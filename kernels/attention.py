@@ -52,6 +52,10 @@ _EXCEPTIONS: dict[tuple[int, int, int], tuple[int, ...]] = {  # (device, width, 
     (86, 96, 1): (32, 32, 4, 3),
     (100, 32, 0): (64, 32, 4, 3, 168),
     (100, 64, 0): (64, 32, 4, 3, 168),
+    (86, 64, 1): (64, 32, 4, 3, 224),
+    (100, 80, 2): (16, 64, 4, 3),
+    (100, 96, 2): (16, 32, 4, 3),
+    (100, 256, 0): (64, 16, 8, 2),
 }
 _SCAN_LIMIT = 16384  # entries of kv_ids that every key tile reads; beyond it an index is sorted once
 _LOG2E = 1.4426950408889634
