@@ -20,7 +20,7 @@ from smaug.kernels.launch import launch
 
 ROWS = 16  # of a tile that moves; 16 rows of 128 to 256 columns are two to four 16-byte pieces a thread
 COLUMNS = 256  # at most; wider rows take several turns
-IDS = 128  # ids compared with a tile of slots at a time
+IDS = 64  # ids compared with a tile of slots at a time
 HOLES = 32  # slots of a tile of fill_grad
 SPLITS = 256  # partial sums of fill_grad, a number of the shape alone so that the sum is the same on every device
 WARPS = 4

@@ -31,6 +31,7 @@ SCORES = 512  # scores looked at together
 GROUPS = 512  # groups whose lengths are added together
 CUTTERS = 128
 WARPS = 4
+REGISTERS = 168  # a thread, for `_select`: without it the assembler spills a few to run one more program
 
 LOWEST = tl.constexpr(-(1 << 31))  # below the key of -inf; that of NaN, and of rows that cannot win
 
@@ -624,6 +625,7 @@ def select_tokens(
         SCORES=SCORES,
         GROUPS=GROUPS,
         num_warps=WARPS,
+        maxnreg=REGISTERS,
     )
     return out, cu_out, ids_out, size_out, ids_kept, ids_dropped, overflow, target, weight, factor
 
