@@ -52,6 +52,7 @@ def register(name: str = "smaug_flash") -> str:
             f'name={name!r} must contain "flash", or vision towers call once a sequence, and be no name that '
             'transformers knows or looks for on the Hub; use "smaug_flash".'
         )
+    _our_folder_is_not_theirs()  # again: the root may have come to sys.path meanwhile
     try:
         from transformers import AttentionInterface, AttentionMaskInterface, modeling_utils
     except ImportError as error:
