@@ -9,7 +9,6 @@ differences under four points are noise, as the second seed of the unchanged rec
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import tyro
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.bench_time_to_result import RESULTS, Trial, append
+from benchmarks.bench_time_to_result import RESULTS, Trial, append, read
 from smaug import ops, recipe
 from smaug.masks import TextMask
 from smaug.recipe import Recipe
@@ -125,19 +124,13 @@ def run(name: tuple[str, str], options: Options, console: Console) -> None:
     console.print("  ".join(f"{k} {v}" for k, v in result.items()), highlight=False)
 
 
-def done(results: Path) -> set[tuple[str, str]]:
-    if not results.exists():
-        return set()
-    with open(results, newline="") as file:
-        return {(row["setting"], row["value"]) for row in csv.DictReader(file)}
-
-
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     torch.set_num_threads(1 if options.part[1] > 1 else torch.get_num_threads())
     wanted = [name for name in SETTINGS if options.only in ": ".join(name)]
     for name in wanted[options.part[0] :: options.part[1]]:
-        if name not in done(options.results):
+        # looked up anew each time: another process may have done it
+        if not options.results.exists() or name not in {(r["setting"], r["value"]) for r in read(options.results)}:
             run(name, options, Console())
 
 

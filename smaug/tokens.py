@@ -117,8 +117,7 @@ class PackedTokens:
             total = int(mask.sum())
         running = mask.reshape(-1).cumsum(0)
         source = torch.searchsorted(running, torch.arange(1, total + 1, device=device)).clamp(max=max(s * n - 1, 0))
-        counts = mask.sum(1).cumsum(0)
-        cu_seqlens = torch.cat([counts.new_zeros(1), counts]).to(torch.int32).clamp(max=total)
+        cu_seqlens = ragged_cu_seqlens(mask.sum(1)).clamp(max=total)
         tail = torch.arange(total, device=device) >= cu_seqlens[-1]
         values = x.reshape(s * n, *x.shape[2:]).index_select(0, source)
         values = values.masked_fill(tail.reshape(-1, *[1] * (values.ndim - 1)), 0)
@@ -180,6 +179,12 @@ def uniform_cu_seqlens(count: int, length: int, device: torch.device | str) -> T
     """(count + 1,) int32: 0, length, 2 * length, ... from host numbers, nothing read or copied."""
     # arange * length, not arange(step=length): a step of 0 is refused
     return torch.arange(count + 1, dtype=torch.int32, device=device) * length
+
+
+def ragged_cu_seqlens(counts: Tensor) -> Tensor:
+    """(S + 1,) int32 from how many rows each sequence has, (S,) on the device; no host read."""
+    ends = counts.cumsum(0)
+    return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
 
 
 def packed_uniform(

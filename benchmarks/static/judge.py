@@ -9,21 +9,16 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from triton.runtime.jit import JITFunction
 
-from smaug.kernels import launch
+from smaug.kernels import cubin, launch
 from smaug.kernels.launch import Launch
-
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"  # Triton's wheel brings them
 
 
 @dataclass(frozen=True)
@@ -31,7 +26,6 @@ class Limits:
     """Of a multiprocessor; CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"."""
 
     shared_kb: int
-    block_bytes: int  # of shared memory, the most that one block may have
     warps: int
     blocks: int
     tensor_core: str  # what Triton's products become: one of the columns
@@ -40,11 +34,11 @@ class Limits:
 
 
 LIMITS = {
-    80: Limits(164, 166_912, 64, 32, "hmma"),
-    86: Limits(100, 101_376, 48, 16, "hmma"),
-    89: Limits(100, 101_376, 48, 24, "hmma"),
-    90: Limits(228, 232_448, 64, 32, "hgmma"),
-    100: Limits(228, 232_448, 64, 32, "utchmma"),
+    80: Limits(164, 64, 32, "hmma"),
+    86: Limits(100, 48, 16, "hmma"),
+    89: Limits(100, 48, 24, "hmma"),
+    90: Limits(228, 64, 32, "hgmma"),
+    100: Limits(228, 64, 32, "utchmma"),
 }
 RESERVED = 1024  # bytes of shared memory that the system takes for each block
 
@@ -81,15 +75,8 @@ def blocks_a_multiprocessor(registers: int, shared: int, warps: int, tensor_memo
 def facts(launched: Launch, architecture: int) -> dict[str, Any]:
     """Compiles a launch and counts. The numbers of one row of the table."""
     built = launch.compile_for(launched, architecture)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c", "-ndf"]))
-        )
-    used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    lines = _instructions(code)
+    used, code = cubin.resources(built), cubin.listing(built)
+    lines = cubin.instructions(code)
     names = Counter(name for _, name in lines)
     count = {column: _count(names, pattern) for column, pattern in COUNTED.items()}
     count["wide"] = sum(n for name, n in names.items() if re.fullmatch(r"(LDG|STG|LDGSTS)\..*\.(128|256)(\..*)?", name))
@@ -104,8 +91,7 @@ def facts(launched: Launch, architecture: int) -> dict[str, Any]:
         "blocks": blocks_a_multiprocessor(used["REG"], data.shared, data.num_warps, data.tmem_size, limits),
         "warps": data.num_warps,
         **count,
-        # in PTX: where the assembler hands out tensor memory, it adds ATOMS of its own on the block's shared memory
-        "atomics": len(re.findall(r"^\s*(?:@\S+\s+)?(?:atom|red)\.", built.asm["ptx"], re.MULTILINE)),
+        "atomics": len(cubin.atomics(built)),
         "mufu": mufu,
         "mufu_per_product": round(_count(loop, "MUFU") / products, 2) if products else "",
     }
@@ -113,14 +99,14 @@ def facts(launched: Launch, architecture: int) -> dict[str, Any]:
 
 def wrong(kernel: str, architecture: int, row: dict[str, Any]) -> list[str]:
     """Why a kernel of ours is not let through: nothing, or a phrase for each reason."""
-    limits = LIMITS[architecture]
+    limits, most = LIMITS[architecture], cubin.BLOCK_BYTES[architecture]
     found = []
     if int(row["spills"]) or int(row["stack"]):
         found.append(f"spills ({row['spills']} instructions, {row['stack']} bytes of stack)")
     if int(row["atomics"]):
         found.append(f"{row['atomics']} atomics")
-    if int(row["shared"]) > limits.block_bytes:
-        found.append(f"{row['shared']} bytes of shared memory, where a block may have {limits.block_bytes}")
+    if int(row["shared"]) > most:
+        found.append(f"{row['shared']} bytes of shared memory, where a block may have {most}")
     if kernel in MATRIX:
         if not int(row[limits.tensor_core]) + int(row["hmma"]):  # small tiles have no HGMMA, and HMMA is let through
             found.append("no tensor-core instruction")
@@ -174,19 +160,13 @@ def _source(kernel: JITFunction[Any], inside: set[int]) -> str:
     return _sources[id(kernel)]
 
 
-def _instructions(code: str) -> list[tuple[int, str]]:
-    """(address, name) of every instruction of nvdisasm's listing, without predicates."""
-    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]+)", code)
-    return [(int(address, 16), name) for address, name in found]
-
-
 def _count(names: Counter[str], pattern: str) -> int:
     return sum(n for name, n in names.items() if re.fullmatch(pattern, name.partition(".")[0]))
 
 
 def _inner_loop(code: str) -> list[tuple[int, str]]:
     """The instructions of the smallest loop that has products in it; of everything where there is none."""
-    everything = _instructions(code)
+    everything = cubin.instructions(code)
     labels: dict[str, int] = {}
     waiting: list[str] = []
     jumps = []

@@ -15,7 +15,7 @@ from torch import Tensor
 import smaug.kernels
 from smaug.ops import attention
 from smaug.ops.layer import pad_heads
-from smaug.tokens import uniform_cu_seqlens
+from smaug.tokens import ragged_cu_seqlens, uniform_cu_seqlens
 
 INSTALL = "pip install -c constraints.txt -e '.[peers]'"
 
@@ -111,8 +111,7 @@ def key_mask(
 def _keys(mask: Tensor) -> tuple[Tensor, Tensor]:
     """mask (B, S) bool -> rows (B * S,) int64, kept ones first and in order; cu_seqlens (B + 1,) of the kept."""
     rows = mask.reshape(-1).logical_not().to(torch.uint8).argsort(stable=True)
-    counts = mask.sum(1).cumsum(0)
-    return rows, torch.cat([counts.new_zeros(1), counts]).to(torch.int32)
+    return rows, ragged_cu_seqlens(mask.sum(1))
 
 
 def attend(

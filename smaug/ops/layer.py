@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smaug.ops.attention import attention
-from smaug.tokens import Lengths, PackedTokens, uniform_cu_seqlens
+from smaug.tokens import Lengths, PackedTokens, ragged_cu_seqlens, uniform_cu_seqlens
 
 
 def pad_heads(x: Tensor) -> Tensor:
@@ -267,7 +267,5 @@ def _kept(mask: Tensor, b: int, keys: int) -> tuple[Tensor, Tensor, Tensor | Non
         )
     keep = ~mask if mask.dtype == torch.bool else mask != -torch.inf
     rows = keep.reshape(-1).nonzero().squeeze(1)  # the one host read: how many rows there are to compute
-    counts = keep.sum(1).cumsum(0)
-    cu_seqlens = torch.cat([counts.new_zeros(1), counts]).to(torch.int32)
     bias = None if mask.dtype == torch.bool else mask.reshape(-1).index_select(0, rows).float()
-    return rows, cu_seqlens, bias
+    return rows, ragged_cu_seqlens(keep.sum(1)), bias

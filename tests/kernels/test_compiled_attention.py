@@ -1,19 +1,14 @@
 """The attention kernels as a GPU would run them, judged without one: launches, registers, memory and instructions."""
 
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
-import triton
 
 from smaug import ops  # noqa: F401  registers the ops that the launchers must agree with
 from smaug.kernels import attention as kernels
-from smaug.kernels import launch
+from smaug.kernels import cubin, launch
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 TENSOR_CORE = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HG?MMA", 100: r"UTC\w*MMA|HMMA"}
 MAIN = "attention_forward", "attention_backward_queries", "attention_backward_keys"
 
@@ -79,34 +74,31 @@ def test_lengths_do_not_recompile():
     assert len(built[0]) == 5 and all(a is b is c for a, b, c in zip(*built, strict=True))
 
 
-def judge(found, architecture, file):
+def judge(found, architecture):
     """Compiles a launch -> its registers, spills, shared memory and counts of instructions."""
     built = launch.compile_for(found, architecture)
-    file.write_bytes(built.asm["cubin"])
-    tools = lambda tool, flag: subprocess.check_output([TOOLS / tool, flag, file], text=True)  # noqa: E731
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tools("cuobjdump", "-res-usage")))
-    sass = tools("nvdisasm", "-c")
+    used, sass = cubin.resources(built), cubin.listing(built)
     count = lambda pattern: len(re.findall(rf"\b(?:{pattern})\b", sass))  # noqa: E731
     return {
-        "registers": int(usage["REG"]),
-        "stack": int(usage["STACK"]) + int(usage["LOCAL"]) + count("LDL") + count("STL"),
+        "registers": used["REG"],
+        "stack": used["STACK"] + used["LOCAL"] + count("LDL") + count("STL"),
         "shared": built.metadata.shared,
         "tensor core": count(TENSOR_CORE[architecture]),
         "async copy": count("LDGSTS|UTMALDG"),
-        "atomic": len(re.findall(r"^\s*(?:@\S+\s+)?(?:atom|red)\.", built.asm["ptx"], re.M)),
+        "atomic": len(cubin.atomics(built)),
     }
 
 
 @pytest.mark.parametrize(("architecture", "e"), [(80, 64), (90, 80)])  # the others are in benchmarks/results/static.csv
-def test_no_spills_no_atomics_tensor_cores_and_asynchronous_copies(architecture, e, tmp_path):
+def test_no_spills_no_atomics_tensor_cores_and_asynchronous_copies(architecture, e):
     everything, _, _ = _record(architecture, _inputs(e, True), "mean")
     plain, _, _ = _record(architecture, _inputs(e, False), grad_lse=False)
     wrong = []
     for kind, launches in (("full", everything), ("plain", plain)):
         for found in launches:
-            facts = judge(found, architecture, tmp_path / "cubin")
+            facts = judge(found, architecture)
             print(f"sm_{architecture} E={e} {kind} {found.name} {facts}")
-            good = facts["stack"] == 0 and facts["atomic"] == 0 and facts["shared"] <= SHARED_LIMIT[architecture]
+            good = facts["stack"] == 0 and facts["atomic"] == 0 and facts["shared"] <= cubin.BLOCK_BYTES[architecture]
             if found.name in MAIN:
                 good = good and facts["tensor core"] > 0 and facts["async copy"] > 0
             if not good:

@@ -1,21 +1,15 @@
 """The launches of patch_embed and pixel_loss at ViT-B/16 shapes, compiled without a GPU and looked at."""
 
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-import triton
 
 import smaug.ops  # noqa: F401  before the kernels: it defines the ops they are registered for
-from smaug.kernels import launch
+from smaug.kernels import cubin, launch
 from smaug.kernels.patch_embed import patch_embed, patch_embed_backward
 from smaug.kernels.pixel_loss import pixel_loss, pixel_loss_backward
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448}  # bytes a block may have
 PRODUCT = {80: "HMMA", 86: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 CLIPS, FRAMES, KEEP, REMOVED, D, PATCH = 64, 16, 157, 1411, 768, (2, 16, 16)
 MEAN, STD = (0.48, 0.45, 0.40), (0.22, 0.23, 0.25)
@@ -49,27 +43,14 @@ def recorded(architecture, last, pixels=torch.uint8, dtype=torch.bfloat16, per_f
     return parts
 
 
-def disassembled(cubin):
-    """Registers, bytes on the stack, and the instructions' names."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, sass = (
-            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]+)", sass)
-    return registers, stack + local, names
-
-
 def compiled(launched, architecture):
     built = launch.compile_for(launched, architecture)
-    registers, spilled, names = disassembled(built.asm["cubin"])
-    print(f"sm_{architecture} {launched.name}: {registers} registers, {built.metadata.shared} bytes shared")
-    assert not re.search(r"\b(atom|red)\.", built.asm["ptx"]), launched.name
-    assert spilled == 0 and not {"STL", "LDL"} & {name.partition(".")[0] for name in names}, launched.name
-    assert built.metadata.shared <= SHARED[architecture]
+    used, names = cubin.resources(built), [name for _, name in cubin.instructions(cubin.listing(built))]
+    print(f"sm_{architecture} {launched.name}: {used['REG']} registers, {built.metadata.shared} bytes shared")
+    assert not cubin.atomics(built), launched.name
+    assert used["STACK"] == used["LOCAL"] == 0, launched.name
+    assert not {"STL", "LDL"} & {name.partition(".")[0] for name in names}, launched.name
+    assert built.metadata.shared <= cubin.BLOCK_BYTES[architecture]
     return built.asm["ptx"], names
 
 

@@ -1,16 +1,9 @@
 """The mask, gather and select kernels as a GPU would run them: launches counted, built offline, and their code read."""
 
-import re
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from smaug.kernels import gather_tokens, launch, random_mask, select_tokens
-
-sys.path.insert(0, str(Path(__file__).parent))
-import cubin
+from smaug.kernels import cubin, gather_tokens, launch, random_mask, select_tokens
 
 ARCHITECTURES = [80, 90]
 SEQUENCES = 1024
@@ -31,8 +24,7 @@ def launches_of(f, architecture, *names):
 def built(found, architecture):
     """The compiled launch, after the checks that hold for every kernel."""
     kernel = launch.compile_for(found, architecture)
-    atomics = re.findall(r"(?<!\w)(?:atom|red)\.\S+", kernel.asm["ptx"])  # st.shared. is none
-    assert not atomics, f"{found.name} for {architecture}: {atomics}"
+    assert not cubin.atomics(kernel), f"{found.name} for {architecture}: {cubin.atomics(kernel)}"
     used = cubin.resources(kernel)
     assert used["STACK"] == used["LOCAL"] == 0, f"{found.name} for {architecture} spills: {used}"
     assert used["REG"] <= 168, (
@@ -43,7 +35,7 @@ def built(found, architecture):
 
 def moves_wide(kernel, stores=True):
     """Whether rows are moved by 128 bits a thread."""
-    code = cubin.instructions(kernel)
+    code = cubin.listing(kernel)
     return "LDG.E.128" in code and (not stores or "STG.E.128" in code)
 
 
