@@ -1,0 +1,512 @@
+"""Attention of packed sequences without a kernel: matrix products over rectangles that fit the cache.
+
+Sequences are put into buckets, and a bucket is one batch of products (sequences * heads, queries, keys). Equal shapes
+share a bucket as they are; where calls would cost more than the arithmetic, as they do for the short sequences that
+masking leaves, neighbouring lengths share one whose surplus keys are hidden and whose surplus queries are dropped.
+
+Exponents are base 2: torch's vectorised exp2 takes a third of the time of its exp, so log2(e) is folded into the scale.
+A softmax needs some shift that keeps its exponents in range, not the maximum of its row: a whole chunk gets one, the
+sums tell whether that was enough, and only where it was not the rows get their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Measured on one thread of an EPYC (AVX512-BF16, 1 MiB of second-level cache a core).
+_CHUNK = 1 << 18  # scores of one chunk
+_BUCKET = 1 << 14  # what the calls of one more bucket cost, forward and backward, in scores computed
+_FLASH_FROM = 96  # keys from which torch's CPU flash kernel beats products, in fp32
+_LOG2E = math.log2(math.e)
+
+
+class Bucket(NamedTuple):
+    """Query sequences in one rectangle. Rows are a slice where they lie together, else an index."""
+
+    sequences: int
+    len_q: int
+    len_k: int
+    rows_q: slice | Tensor  # of the sequences * len_q places of the rectangle
+    rows_k: slice | Tensor
+    segments: Tensor | None  # (sequences * len_k,) index into segment_bias, flattened
+    kept_q: Tensor | None  # which places of the rectangle are real; None = all
+    kept_k: Tensor | None
+    to_q: slice | Tensor  # the rows of the places that are kept
+    to_k: slice | Tensor
+    hidden: Tensor | None  # (sequences, len_k) fp32: 0 at real keys, -inf at the others
+    surplus_q: Tensor | None  # places that are not real
+
+
+class _Plan(NamedTuple):
+    buckets: list[Bucket]
+    end_q: int  # where the tail of the queries begins
+    covers_q: int  # rows that the buckets write
+    covers_k: int  # the same of keys, if each serves one query sequence
+
+
+def read_offsets(cu_seqlens: Tensor, lengths: Sequence[int]) -> np.ndarray:
+    """cu_seqlens on the host as int64: from lengths where they are known, else read."""
+    if lengths:
+        return _starts(cu_seqlens.shape[0] - 1, lengths)
+    return cu_seqlens.detach().cpu().numpy().astype(np.int64)
+
+
+def _starts(count: int, lengths: Sequence[int]) -> np.ndarray:
+    if len(lengths) == 1:
+        return np.arange(count + 1, dtype=np.int64) * int(lengths[0])
+    return np.concatenate([[0], np.cumsum(np.asarray(lengths, dtype=np.int64))])
+
+
+def _plan(
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    kv_ids: Tensor | None,
+    segments: bool,
+    lengths_q: Sequence[int],
+    lengths_k: Sequence[int],
+    heads: int,
+) -> _Plan:
+    """The buckets. heads: what one more score costs, 0 if only equal shapes may share a bucket."""
+    device = cu_seqlens_q.device
+    if kv_ids is None and lengths_q and lengths_k:
+        count = cu_seqlens_q.shape[0] - 1, cu_seqlens_k.shape[0] - 1
+        return _known_plan(*count, segments, tuple(lengths_q), tuple(lengths_k), heads, device)
+    cu_q, cu_k = read_offsets(cu_seqlens_q, lengths_q), read_offsets(cu_seqlens_k, lengths_k)
+    return _plan_of(cu_q, cu_k, kv_ids, segments, heads, device)
+
+
+@functools.lru_cache(16)  # the layers of an encoder share it, forward and backward
+def _known_plan(
+    count_q: int,
+    count_k: int,
+    segments: bool,
+    lengths_q: tuple[int, ...],
+    lengths_k: tuple[int, ...],
+    heads: int,
+    device: torch.device,
+) -> _Plan:
+    return _plan_of(_starts(count_q, lengths_q), _starts(count_k, lengths_k), None, segments, heads, device)
+
+
+def _plan_of(
+    cu_q: np.ndarray, cu_k: np.ndarray, kv_ids: Tensor | None, segments: bool, heads: int, device: torch.device
+) -> _Plan:
+    """Sequences without a query or a key are in no bucket."""
+    len_q, seg_len = np.diff(cu_q), np.diff(cu_k)
+    kv = np.arange(len(len_q))[:, None] if kv_ids is None else kv_ids.detach().cpu().numpy().reshape(len(len_q), -1)
+    if kv_ids is None:
+        each = seg_len[:, None]
+    else:
+        each = np.where(kv >= 0, seg_len[np.maximum(kv, 0)] if len(seg_len) else 0, 0)
+    len_k = each.sum(1)
+
+    buckets = []
+    covers_q = covers_k = 0
+    for group in _groups(len_q, len_k, heads):
+        n, nq, nk = len(group), int(len_q[group].max()), int(len_k[group].max())
+        real_q = _concatenated(cu_q[group], len_q[group])
+        part = each[group].reshape(-1)
+        real_k = _concatenated(cu_k[np.maximum(kv[group], 0)].reshape(-1), part)
+        places_q, kept_q = _padded(len_q[group], nq)
+        places_k, kept_k = _padded(len_k[group], nk)
+        index = None
+        if segments:
+            number = np.repeat((group[:, None] * kv.shape[1] + np.arange(kv.shape[1])).reshape(-1), part)
+            index = torch.from_numpy(number if kept_k is None else number[places_k]).to(device)
+        hidden = None
+        if kept_k is not None:
+            hidden = torch.zeros(n * nk).masked_fill_(~torch.from_numpy(kept_k), -torch.inf).view(n, nk).to(device)
+        covers_q, covers_k = covers_q + len(real_q), covers_k + len(real_k)
+        buckets.append(
+            Bucket(
+                *(n, nq, nk),
+                _rows(real_q if kept_q is None else real_q[places_q], device),
+                _rows(real_k if kept_k is None else real_k[places_k], device),
+                index,
+                *(None if kept is None else _index(kept, device) for kept in (kept_q, kept_k)),
+                *(_rows(real, device) for real in (real_q, real_k)),
+                hidden,
+                None if kept_q is None else _index(~kept_q, device),
+            )
+        )
+    return _Plan(buckets, int(cu_q[-1]), covers_q, covers_k)
+
+
+def _groups(len_q: np.ndarray, len_k: np.ndarray, heads: int) -> list[np.ndarray]:
+    """Numbers of the sequences of each bucket, ascending.
+
+    Shapes are sorted by keys, then queries; the cheapest way to cut that row into buckets is found from its front,
+    where a bucket costs its rectangle and its calls.
+    """
+    live = np.flatnonzero((len_q > 0) & (len_k > 0))
+    order = live[np.lexsort((len_q[live], len_k[live]))]
+    if not len(order):
+        return []
+    q, k = len_q[order], len_k[order]
+    edges = np.flatnonzero((np.diff(q) != 0) | (np.diff(k) != 0)) + 1
+    first = np.concatenate([[0], edges, [len(order)]])  # where each shape begins in the order
+    shapes = len(first) - 1
+    if not heads or shapes == 1:
+        return np.split(order, edges)
+    uq, uk = q[first[:-1]], k[first[:-1]]
+    cost, cut = np.zeros(shapes + 1), np.zeros(shapes + 1, dtype=np.int64)
+    for last in range(shapes):
+        begin = max(0, last - 63)  # a bucket of more than 64 shapes would be mostly surplus
+        widest = np.maximum.accumulate(uq[begin : last + 1][::-1])[::-1]
+        area = (first[last + 1] - first[begin : last + 1]) * widest * uk[last] * float(heads)
+        area[:-1] *= 1.3  # hiding surplus keys, and moving rows in and out of a rectangle that is no view
+        total = cost[begin : last + 1] + area + _BUCKET
+        best = int(total.argmin())
+        cost[last + 1], cut[last + 1] = total[best], begin + best
+    groups, end = [], shapes
+    while end:
+        groups.append(np.sort(order[first[cut[end]] : first[end]]))
+        end = int(cut[end])
+    return groups[::-1]
+
+
+def _concatenated(start: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """start[i] .. start[i] + length[i], one after the other."""
+    before = np.cumsum(length) - length
+    return np.repeat(start - before, length) + np.arange(length.sum())
+
+
+def _padded(length: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Places (len(length) * longest,) in the concatenation, a sequence's last one repeated, and which are real."""
+    if (length == longest).all():
+        return np.empty(0, dtype=np.int64), None
+    column = np.arange(longest)
+    places = (np.cumsum(length) - length)[:, None] + np.minimum(column, length[:, None] - 1)
+    return places.reshape(-1), (column < length[:, None]).reshape(-1)
+
+
+def _rows(rows: np.ndarray, device: torch.device) -> slice | Tensor:
+    if (np.diff(rows) == 1).all():
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return torch.from_numpy(rows).to(device)
+
+
+def _index(mask: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.flatnonzero(mask)).to(device)
+
+
+def _take(x: Tensor, rows: slice | Tensor, dim: int = 0) -> Tensor:
+    if isinstance(rows, slice):
+        return x[rows] if dim == 0 else x[:, rows]
+    return x.index_select(dim, rows)
+
+
+def _output(like: Tensor, covers: int) -> Tensor:
+    """Room for all rows of like; zeros where some belong to nobody."""
+    return like.new_empty(like.shape) if covers == like.shape[0] else like.new_zeros(like.shape)
+
+
+def _place(out: Tensor, rows: slice | Tensor | None, kept: Tensor | None, places: int) -> Tensor:
+    """Where a bucket writes its (places, H, E): rows of out themselves if they lie together, else room of its own."""
+    if kept is None and isinstance(rows, slice):
+        return out[rows]
+    return out.new_empty((places, *out.shape[1:]))
+
+
+def _put_back(out: Tensor, rows: slice | Tensor, kept: Tensor | None, x: Tensor) -> Tensor:
+    """out with what `_place` gave."""
+    return out if kept is None and isinstance(rows, slice) else _put(out, rows, kept, x)
+
+
+def _put(out: Tensor, rows: slice | Tensor, kept: Tensor | None, x: Tensor) -> Tensor:
+    """out with the kept places of x at ``rows``; x itself where that is all there is."""
+    if kept is not None:
+        x = x.index_select(0, kept)
+    if isinstance(rows, slice):
+        if rows.stop - rows.start == out.shape[0]:
+            return x.reshape(out.shape).contiguous()
+        out[rows].view(x.shape).copy_(x)
+    else:
+        out.index_copy_(0, rows, x.reshape(-1, *out.shape[1:]))
+    return out
+
+
+def _put_lse(lse: Tensor, bucket: Bucket, x: Tensor) -> None:
+    if bucket.kept_q is not None:
+        x = x.index_select(1, bucket.kept_q)
+    if isinstance(bucket.to_q, slice):
+        lse[:, bucket.to_q] = x
+    else:
+        lse.index_copy_(1, bucket.to_q, x)
+
+
+def _add(out: Tensor, rows: slice | Tensor, x: Tensor) -> None:
+    """Surplus places add 0 to a row that exists."""
+    if isinstance(rows, slice):
+        out[rows].view(x.shape).add_(x)
+    else:
+        # in order of the index, so the sum is the same on every run
+        out.index_add_(0, rows, x.reshape(-1, *out.shape[1:]).to(out.dtype))
+
+
+def _heads_first(x: Tensor, sequences: int, heads_kv: int) -> Tensor:
+    """(sequences * L, H, E) -> (sequences * H_kv, L * H // H_kv, E): the query heads of a group are rows of one product."""
+    _, h, e = x.shape
+    return x.view(sequences, -1, heads_kv, h // heads_kv, e).transpose(1, 2).reshape(sequences * heads_kv, -1, e)
+
+
+def _rows_first(x: Tensor, sequences: int, group: int) -> Tensor:
+    """The inverse of `_heads_first`, as a view (sequences, L, H_kv, group, E)."""
+    heads_kv = x.shape[0] // sequences
+    return x.view(sequences, heads_kv, -1, group, x.shape[-1]).transpose(1, 2)
+
+
+def _flash_is_best(q: Tensor, group: int, biases: bool) -> bool:
+    """Whether torch's CPU flash kernel is taken, a bucket of equal shapes a call: it wins in fp32, and in fp16, whose
+    products are slow on a CPU; in bf16 its backward takes three times as long as products."""
+    return q.device.type == "cpu" and group == 1 and not biases and q.dtype in (torch.float16, torch.float32)
+
+
+def _steps(bucket: Bucket, heads: int) -> tuple[int, int]:
+    """Sequences of a chunk and, where one sequence is much more than that, its queries."""
+    a_sequence = bucket.len_q * bucket.len_k * heads
+    if a_sequence <= 8 * _CHUNK:
+        return max(1, _CHUNK // a_sequence), bucket.len_q
+    return 1, max(1, 8 * _CHUNK // (bucket.len_k * heads))
+
+
+def _logits(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, acc: torch.dtype) -> Tensor:
+    """In base 2, as the bias is."""
+    s = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale * _LOG2E)
+    s = s if s.dtype == acc else s.to(acc)
+    return s if bias is None else s.add_(bias)
+
+
+def _powers(
+    q: Tensor, k: Tensor, scale: float, bias: Tensor | None, acc: torch.dtype, by_row: bool
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """2 ** (logits - shift), their sums over the keys, log2 of the sums of 2 ** logits, and whether shift is by row."""
+    if not by_row:
+        p = _logits(q, k, scale, bias, acc).exp2_()
+        total = p.sum(-1, keepdim=True)
+        low, high = total.aminmax()
+        if float(low) > 2.0**-60 and float(high) < 2.0**60:  # false for NaN too
+            return p, total, total.log2(), False
+    s = _logits(q, k, scale, bias, acc)
+    top = s.amax(-1, keepdim=True)
+    top = top.masked_fill(top == -torch.inf, 0)  # a bias may hide every key
+    p = s.sub_(top).exp2_()
+    total = p.sum(-1, keepdim=True)
+    return p, total, total.log2().add_(top), True
+
+
+def _bias(
+    bucket: Bucket, heads_kv: int, segment_bias: Tensor | None, key_bias: Tensor | None, acc: torch.dtype
+) -> Tensor | None:
+    """(sequences * H_kv, 1, len_k): what is added to the logits of each key, in base 2."""
+    bias = None
+    if segment_bias is not None and bucket.segments is not None:
+        bias = segment_bias.reshape(-1).index_select(0, bucket.segments).to(acc)
+    if key_bias is not None:
+        keys = _take(key_bias, bucket.rows_k).to(acc)
+        bias = keys if bias is None else bias + keys
+    if bias is not None:
+        bias = (bias * _LOG2E).view(bucket.sequences, -1)
+    if bucket.hidden is not None:
+        bias = bucket.hidden if bias is None else bias + bucket.hidden
+    if bias is None:
+        return None
+    return bias[:, None].expand(-1, heads_kv, -1).reshape(bucket.sequences * heads_kv, 1, -1)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    kv_ids: Tensor | None,
+    segment_bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    key_scores: str,
+    lengths_q: Sequence[int],
+    lengths_k: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """smaug::attention; arguments and results as `smaug.ops.attention` says."""
+    t_q, h, e = q.shape
+    heads_kv = k.shape[1]
+    group = h // heads_kv
+    acc = torch.promote_types(q.dtype, torch.float32)
+    biases = segment_bias is not None or key_bias is not None
+    flash = not key_scores and _flash_is_best(q, group, biases)
+    plan = _plan(
+        *(cu_seqlens_q, cu_seqlens_k, kv_ids, segment_bias is not None, lengths_q, lengths_k),
+        0 if flash or key_scores else h,  # a mean over queries would have to leave out surplus ones
+    )
+    o = _output(q, plan.covers_q)
+    lse = q.new_zeros((h, t_q), dtype=acc)
+    if plan.end_q > plan.covers_q:
+        lse[:, : plan.end_q] = -torch.inf
+    scores = q.new_zeros((k.shape[0] if key_scores else 0,), dtype=acc)
+    uses = torch.zeros_like(scores) if kv_ids is not None else None
+    by_row = q.dtype == torch.float16  # shares without a shift would leave its range
+
+    for bucket in plan.buckets:
+        n, nq, nk = bucket.sequences, bucket.len_q, bucket.len_k
+        qs, ks, vs = _take(q, bucket.rows_q), _take(k, bucket.rows_k), _take(v, bucket.rows_k)
+        if flash:
+            o_, lse_ = torch._scaled_dot_product_flash_attention_for_cpu(
+                *(x.view(n, -1, h, e).transpose(1, 2) for x in (qs, ks, vs)), scale=scale
+            )
+            o = _put(o, bucket.to_q, None, o_.transpose(1, 2))
+            _put_lse(lse, bucket, lse_.transpose(0, 1).reshape(h, -1))
+            continue
+        bias = _bias(bucket, heads_kv, segment_bias, key_bias, acc)
+        os = _place(o, bucket.to_q, bucket.kept_q, n * nq)
+        lse_ = q.new_empty((n * heads_kv, nq * group, 1), dtype=acc)
+        received = q.new_zeros((n * heads_kv, nk), dtype=acc) if key_scores else None
+        many, some = _steps(bucket, h)
+        for a in range(0, n, many):
+            m = min(many, n - a)
+            one, keys = slice(a * nq, (a + m) * nq), slice(a * nk, (a + m) * nk)
+            part = slice(a * heads_kv, (a + m) * heads_kv)
+            q_ = _heads_first(qs[one], m, heads_kv)
+            k_, v_ = _heads_first(ks[keys], m, heads_kv), _heads_first(vs[keys], m, heads_kv)
+            out = os[one].view(m, nq, heads_kv, group, e)
+            for r in range(0, nq, some):
+                rows = slice(r * group, (r + some) * group)
+                p, total, lse_[part, rows], by_row = _powers(
+                    q_[:, rows], k_, scale, None if bias is None else bias[part], acc, by_row
+                )
+                share = total.reciprocal() if bias is None else torch.where(total > 0, 1 / total, 0)
+                if received is not None and key_scores == "mean":
+                    received[part] += torch.bmm(share.transpose(1, 2), p).squeeze(1)
+                elif received is not None and r == 0:  # rows of the first query
+                    received[part] = (p[:, :group] * share[:, :group]).sum(1)
+                x = torch.bmm(p if p.dtype == q.dtype else p.to(q.dtype), v_)
+                torch.mul(_rows_first(x, m, group), _rows_first(share, m, group), out=out[:, r : r + some])
+        o = _put_back(o, bucket.to_q, bucket.kept_q, os)
+        _put_lse(lse, bucket, _rows_first(lse_.div_(_LOG2E), n, group).reshape(n * nq, h).t())
+        if received is not None:
+            mean = received.view(n, heads_kv, nk).sum(1).div_(h * (1 if key_scores == "cls" else nq)).view(-1)
+            _add(scores, bucket.rows_k, mean)
+            if uses is not None:
+                _add(uses, bucket.rows_k, torch.ones_like(mean))
+    if uses is not None:
+        scores = scores / uses.clamp(min=1)
+    return o, lse, scores
+
+
+def backward(
+    grad: Tensor | None,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    kv_ids: Tensor | None,
+    segment_bias: Tensor | None,
+    key_bias: Tensor | None,
+    scale: float,
+    bias_grad: bool,
+    lengths_q: Sequence[int],
+    lengths_k: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """smaug::attention_backward -> dq, dk, dv, dsegment_bias, dkey_bias (empty where unwanted)."""
+    _, h, e = q.shape
+    heads_kv = k.shape[1]
+    group = h // heads_kv
+    acc = torch.promote_types(q.dtype, torch.float32)
+    biases = segment_bias is not None or key_bias is not None
+    flash = grad_lse is None and _flash_is_best(q, group, biases)
+    plan = _plan(
+        *(cu_seqlens_q, cu_seqlens_k, kv_ids, segment_bias is not None, lengths_q, lengths_k), 0 if flash else h
+    )
+    shared = kv_ids is not None  # a key row may serve several query sequences, so its gradients are summed
+    dq = _output(q, plan.covers_q)
+    dk, dv = (x.new_zeros(x.shape, dtype=acc) if shared else _output(x, plan.covers_k) for x in (k, v))
+    dsegment = q.new_zeros(segment_bias.shape if bias_grad and segment_bias is not None else (0,), dtype=acc)
+    dkey = q.new_zeros(key_bias.shape if bias_grad and key_bias is not None else (0,), dtype=acc)
+    if grad is None:
+        grad = q.new_zeros(q.shape)
+
+    for bucket in plan.buckets:
+        n, nq, nk = bucket.sequences, bucket.len_q, bucket.len_k
+        qs, ks, vs = _take(q, bucket.rows_q), _take(k, bucket.rows_k), _take(v, bucket.rows_k)
+        gs, lse_ = _take(grad, bucket.rows_q), _take(lse, bucket.rows_q, 1)
+        if flash:
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
+                *(x.view(n, -1, h, e).transpose(1, 2) for x in (gs, qs, ks, vs, _take(o, bucket.rows_q))),
+                *(lse_.view(h, n, nq).transpose(0, 1), 0.0, False),
+                scale=scale,
+            )
+            dq_, dk_, dv_ = (x.transpose(1, 2) for x in grads)
+            dq = _put(dq, bucket.to_q, None, dq_)
+            if shared:
+                _add(dk, bucket.rows_k, dk_)
+                _add(dv, bucket.rows_k, dv_)
+            else:
+                dk, dv = _put(dk, bucket.to_k, None, dk_), _put(dv, bucket.to_k, None, dv_)
+            continue
+        bias = _bias(bucket, heads_kv, segment_bias, key_bias, acc)
+        lse_ = lse_.t().reshape(n * nq, h, 1) * _LOG2E
+        dlse = None if grad_lse is None else _take(grad_lse, bucket.rows_q, 1).t().unsqueeze(-1).to(acc)
+        if bucket.surplus_q is not None:  # queries that are not there move nothing
+            gs = gs.index_fill(0, bucket.surplus_q, 0)
+            dlse = None if dlse is None else dlse.index_fill(0, bucket.surplus_q, 0)
+        if biases:
+            nothing = lse_ == -torch.inf  # no key: every share is 0
+            lse_ = lse_.masked_fill(nothing, torch.inf)
+            dlse = None if dlse is None else dlse.masked_fill(nothing, 0)
+        lse_ = _heads_first(lse_, n, heads_kv)
+        dlse = None if dlse is None else _heads_first(dlse.contiguous(), n, heads_kv)
+        dqs = _place(dq, bucket.to_q, bucket.kept_q, n * nq)
+        dks, dvs = (_place(x, None if shared else bucket.to_k, bucket.kept_k, n * nk) for x in (dk, dv))
+        dbias = q.new_zeros((n * heads_kv, nk), dtype=acc) if bias_grad else None
+        empty = q.new_empty(())
+        many, some = _steps(bucket, h)
+        for a in range(0, n, many):
+            m = min(many, n - a)
+            one, keys = slice(a * nq, (a + m) * nq), slice(a * nk, (a + m) * nk)
+            part = slice(a * heads_kv, (a + m) * heads_kv)
+            q_, g_ = _heads_first(qs[one], m, heads_kv), _heads_first(gs[one], m, heads_kv)
+            k_, v_ = _heads_first(ks[keys], m, heads_kv), _heads_first(vs[keys], m, heads_kv)
+            dq_, dk_, dv_ = (x.new_empty(x.shape) for x in (q_, k_, v_))
+            for r in range(0, nq, some):
+                rows = slice(r * group, (r + some) * group)
+                p = _logits(q_[:, rows], k_, scale, None if bias is None else bias[part], acc)
+                p.sub_(lse_[part, rows]).exp2_()
+                dp = torch.bmm(g_[:, rows], v_.transpose(1, 2))
+                ds = torch._softmax_backward_data(dp if dp.dtype == acc else dp.to(acc), p, -1, acc)
+                if dlse is not None:
+                    ds.addcmul_(p, dlse[part, rows])
+                if dbias is not None:
+                    dbias[part] += ds.sum(1)
+                if q.dtype != acc:
+                    ds, p = ds.to(q.dtype), p.to(q.dtype)
+                torch.baddbmm(empty, ds, k_, beta=0, alpha=scale, out=dq_[:, rows])
+                add = 1 if r else 0
+                torch.baddbmm(dk_, ds.transpose(1, 2), q_[:, rows], beta=add, alpha=scale, out=dk_)
+                torch.baddbmm(dv_, p.transpose(1, 2), g_[:, rows], beta=add, out=dv_)
+            dqs[one].view(m, nq, heads_kv, group, e).copy_(_rows_first(dq_, m, group))
+            dks[keys].view(m, nk, heads_kv, 1, e).copy_(_rows_first(dk_, m, 1))
+            dvs[keys].view(m, nk, heads_kv, 1, e).copy_(_rows_first(dv_, m, 1))
+        if dbias is not None:
+            received = dbias.view(n, heads_kv, nk).sum(1).view(-1)
+            if segment_bias is not None and bucket.segments is not None:
+                dsegment.view(-1).index_add_(0, bucket.segments, received)
+            if key_bias is not None:
+                _add(dkey, bucket.rows_k, received)
+        dq = _put_back(dq, bucket.to_q, bucket.kept_q, dqs)
+        if shared:
+            _add(dk, bucket.rows_k, dks)
+            _add(dv, bucket.rows_k, dvs)
+        else:
+            dk, dv = (_put_back(x, bucket.to_k, bucket.kept_k, dx) for x, dx in ((dk, dks), (dv, dvs)))
+    return dq, dk.to(k.dtype), dv.to(v.dtype), dsegment, dkey
