@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
-from smaug.ops.implementation import running
+from smaug.ops.implementation import reference_of, refuse
 
 
 def _slots(ids: Tensor, cu_seqlens: Tensor | None, count: int, length: int) -> Tensor:
@@ -75,9 +77,9 @@ def _gather_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.length = x.shape[1]
 
 
-def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _gather_backward(ctx: Any, grad: Tensor, *, scatter: CustomOpDef) -> tuple[Any, ...]:
     ids, cu_seqlens = ctx.saved_tensors
-    return torch.ops.smaug.scatter_tokens(grad, ids, ctx.length, None, cu_seqlens), None, None
+    return scatter(grad, ids, ctx.length, None, cu_seqlens), None, None
 
 
 def _scatter_setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -86,17 +88,24 @@ def _scatter_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.fill_dtype = None if fill is None else fill.dtype
 
 
-def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _scatter_backward(ctx: Any, grad: Tensor, *, gather: CustomOpDef, fill_grad: CustomOpDef) -> tuple[Any, ...]:
     ids, cu_seqlens = ctx.saved_tensors
-    dx = torch.ops.smaug.gather_tokens(grad, ids, cu_seqlens) if ctx.needs_input_grad[0] else None
+    dx = gather(grad, ids, cu_seqlens) if ctx.needs_input_grad[0] else None
     dfill = None
     if ctx.fill_dtype is not None and ctx.needs_input_grad[3]:
-        dfill = torch.ops.smaug.scatter_fill_grad(grad, ids, cu_seqlens).to(ctx.fill_dtype)
+        dfill = fill_grad(grad, ids, cu_seqlens).to(ctx.fill_dtype)
     return dx, None, None, dfill, None
 
 
-_gather.register_autograd(_gather_backward, setup_context=_gather_setup)
-_scatter.register_autograd(_scatter_backward, setup_context=_scatter_setup)
+_gather_reference, _scatter_reference, _fill_grad_reference = map(reference_of, (_gather, _scatter, _fill_grad))
+_gather.register_autograd(partial(_gather_backward, scatter=_scatter), setup_context=_gather_setup)
+_scatter.register_autograd(
+    partial(_scatter_backward, gather=_gather, fill_grad=_fill_grad), setup_context=_scatter_setup
+)
+_gather_reference.register_autograd(partial(_gather_backward, scatter=_scatter_reference), setup_context=_gather_setup)
+_scatter_reference.register_autograd(
+    partial(_scatter_backward, gather=_gather_reference, fill_grad=_fill_grad_reference), setup_context=_scatter_setup
+)
 
 
 def _check_ids(ids: Tensor, cu_seqlens: Tensor | None, op: str) -> None:
@@ -121,8 +130,8 @@ def gather_tokens(x: Tensor, ids: Tensor, cu_seqlens: Tensor | None = None, *, i
     count = ids.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if x.ndim != 3 or x.shape[0] != count:
         raise ValueError(f"x must be ({count}, N, D), one grid a sequence, but is {tuple(x.shape)}.")
-    with running(impl, "gather_tokens", x, _gather):
-        return _gather(x, ids, cu_seqlens)
+    refuse(impl, "gather_tokens", x)
+    return (_gather_reference if impl == "reference" else _gather)(x, ids, cu_seqlens)
 
 
 def scatter_tokens(
@@ -151,8 +160,8 @@ def scatter_tokens(
         hole: Tensor | None = fill
     else:
         hole = None if fill == 0 else x.new_full(x.shape[-1:], fill)
-    with running(impl, "scatter_tokens", x, _scatter):
-        return _scatter(x, ids, length, hole, cu_seqlens)
+    refuse(impl, "scatter_tokens", x)
+    return (_scatter_reference if impl == "reference" else _scatter)(x, ids, length, hole, cu_seqlens)
 
 
 def _no_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
@@ -161,6 +170,9 @@ def _no_flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
 
 FLOPS = {
     torch.ops.smaug.gather_tokens: _no_flops,
+    torch.ops.smaug.gather_tokens_reference: _no_flops,
     torch.ops.smaug.scatter_tokens: _no_flops,
+    torch.ops.smaug.scatter_tokens_reference: _no_flops,
     torch.ops.smaug.scatter_fill_grad: _no_flops,
+    torch.ops.smaug.scatter_fill_grad_reference: _no_flops,
 }

@@ -2,26 +2,24 @@
 
 "auto"       on a CUDA device the Triton kernel, elsewhere the path in the op's own file.
 "triton"     the kernel, or a RuntimeError that says why it cannot run.
-"reference"  never the kernel. In the backward of an op other than attention this cannot be kept: there the registered
-             backward runs, and that is the kernel where one is registered.
+"reference"  never the kernel, in the backward neither: the path in the op's own file, on every device.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import warnings
-from typing import Any
 
+import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 KERNELS = ("attention", "gather_tokens", "patch_embed", "pixel_loss", "random_mask", "select_tokens")
 
 
 @functools.cache
-def load_kernels() -> str:
-    """Registers the Triton kernels for CUDA tensors -> "ok", or one sentence that says why they cannot run here."""
+def _load() -> str:
     from smaug.kernels import triton_status
 
     status = triton_status()
@@ -29,12 +27,18 @@ def load_kernels() -> str:
         for name in KERNELS:
             importlib.import_module(f"smaug.kernels.{name}")
     else:
-        warnings.warn(f"smaug.ops runs on PyTorch's own operations on this GPU: {status}", stacklevel=2)
+        warnings.warn(f"smaug.ops runs on PyTorch's own operations on this GPU: {status}", stacklevel=3)
     return status
 
 
-def running(impl: str, op: str, x: Tensor, registered: Any) -> contextlib.AbstractContextManager[None]:
-    """Obeys or refuses `impl` for a call on x of the registered op; the call belongs inside of what this returns."""
+@torch.compiler.assume_constant_result  # torch.compile looks through a cache, and would trace the imports
+def load_kernels() -> str:
+    """Registers the Triton kernels for CUDA tensors -> "ok", or one sentence that says why they cannot run here."""
+    return _load()
+
+
+def refuse(impl: str, op: str, x: Tensor) -> None:
+    """Raises where `impl` cannot be obeyed for a call of the op on x."""
     if impl not in ("auto", "triton", "reference"):
         raise ValueError(f'impl={impl!r} is unknown to {op}; use "auto", "triton" or "reference".')
     if impl == "triton" and x.device.type not in ("cuda", "meta"):
@@ -43,6 +47,15 @@ def running(impl: str, op: str, x: Tensor, registered: Any) -> contextlib.Abstra
         )
     if impl == "triton" and x.device.type == "cuda" and load_kernels() != "ok":
         raise RuntimeError(f'{op}: impl="triton" cannot run: {load_kernels()} Use impl="auto".')
-    if impl == "reference" and x.device.type == "cuda" and load_kernels() == "ok":
-        return registered.set_kernel_enabled("cuda", False)
-    return contextlib.nullcontext()
+
+
+def reference_of(op: CustomOpDef) -> CustomOpDef:
+    """The op once more as smaug::<name>_reference, which impl="reference" calls: nobody registers a kernel for it.
+
+    A name of its own, and not `op.set_kernel_enabled("cuda", False)` around the call: that ends before the backward
+    begins, and inside torch.compile before anything has run. Its autograd is the caller's to register.
+    """
+    assert op._abstract_fn is not None
+    reference = torch.library.custom_op(f"{op._qualname}_reference", op._init_fn, mutates_args=())
+    reference.register_fake(op._abstract_fn)
+    return reference

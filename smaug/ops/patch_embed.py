@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
-from smaug.ops.implementation import running
+from smaug.ops.implementation import reference_of, refuse
 from smaug.tokens import PackedTokens
 
 
@@ -296,14 +298,12 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Any, op: CustomOpDef) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 12
     video, ids_keep, weight = ctx.saved_tensors
     video_grad = ctx.needs_input_grad[0]
-    dweight, dbias, dposition, dprefix, dvideo = torch.ops.smaug.patch_embed_backward(
-        grad, video, ids_keep, weight, *ctx.rows, *ctx.rest, video_grad
-    )
+    dweight, dbias, dposition, dprefix, dvideo = op(grad, video, ids_keep, weight, *ctx.rows, *ctx.rest, video_grad)
     grads = [
         g.to(t) if t is not None else None
         for g, t in zip((dweight, dbias, dposition, dprefix), ctx.dtypes, strict=True)
@@ -311,7 +311,9 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return (dvideo if video_grad else None, None, *grads, *(None,) * 6)
 
 
-_patch_embed.register_autograd(_backward, setup_context=_setup)
+_patch_embed_reference, _patch_embed_backward_reference = map(reference_of, (_patch_embed, _patch_embed_backward))
+_patch_embed.register_autograd(partial(_backward, op=_patch_embed_backward), setup_context=_setup)
+_patch_embed_reference.register_autograd(partial(_backward, op=_patch_embed_backward_reference), setup_context=_setup)
 
 
 def patch_embed(
@@ -379,10 +381,10 @@ def patch_embed(
         raise ValueError(f"uniform=True needs the same count in all {tubes} frames, but {k} patches do not divide.")
     kind = video.device.type
     dtype = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else weight.dtype
-    with running(impl, "patch_embed", video, _patch_embed):
-        values, cu_seqlens, ids, token_size = _patch_embed(
-            video, ids_keep, weight, bias, position, prefix, size, mean, std, per_frame, uniform, dtype
-        )
+    refuse(impl, "patch_embed", video)
+    values, cu_seqlens, ids, token_size = (_patch_embed_reference if impl == "reference" else _patch_embed)(
+        video, ids_keep, weight, bias, position, prefix, size, mean, std, per_frame, uniform, dtype
+    )
     n_prefix = 0 if prefix is None else prefix.shape[0]
     each = _even(k, tubes, per_frame, uniform)
     lengths = None if each is None else each + n_prefix
@@ -400,4 +402,9 @@ def _backward_flops(
     return 2 * ids_keep.numel() * weight.numel() * (2 if args[-1] else 1)
 
 
-FLOPS = {torch.ops.smaug.patch_embed: _flops, torch.ops.smaug.patch_embed_backward: _backward_flops}
+FLOPS = {
+    torch.ops.smaug.patch_embed: _flops,
+    torch.ops.smaug.patch_embed_reference: _flops,
+    torch.ops.smaug.patch_embed_backward: _backward_flops,
+    torch.ops.smaug.patch_embed_backward_reference: _backward_flops,
+}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
-from smaug.ops.implementation import running
+from smaug.ops.implementation import reference_of, refuse
 from smaug.ops.patch_embed import _channels_last, _gather_pixels, _geometry
 
 # Elements of one chunk: in fp32 about half the second-level cache of one core, six times faster than all at once.
@@ -84,13 +86,15 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: Any, *, op: CustomOpDef) -> tuple[Any, ...]:
     if grad is None or not ctx.needs_input_grad[0]:
         return (None,) * 6
-    return torch.ops.smaug.pixel_loss_backward(grad, *ctx.saved_tensors), *(None,) * 5
+    return op(grad, *ctx.saved_tensors), *(None,) * 5
 
 
-_pixel_loss.register_autograd(_backward, setup_context=_setup)
+_pixel_loss_reference, _pixel_loss_backward_reference = map(reference_of, (_pixel_loss, _pixel_loss_backward))
+_pixel_loss.register_autograd(partial(_backward, op=_pixel_loss_backward), setup_context=_setup)
+_pixel_loss_reference.register_autograd(partial(_backward, op=_pixel_loss_backward_reference), setup_context=_setup)
 
 
 def pixel_loss(
@@ -141,8 +145,9 @@ def pixel_loss(
     if normalise == "patch_channel" and pixels == 1:
         raise ValueError('normalise="patch_channel" needs more than one pixel a patch; use "patch" or None.')
     wants_grad = torch.is_grad_enabled() and pred.requires_grad
-    with running(impl, "pixel_loss", pred, _pixel_loss):
-        return _pixel_loss(pred, video.detach(), ids_removed, size, normalise or "", wants_grad)[0]
+    refuse(impl, "pixel_loss", pred)
+    op = _pixel_loss_reference if impl == "reference" else _pixel_loss
+    return op(pred, video.detach(), ids_removed, size, normalise or "", wants_grad)[0]
 
 
 def _flops(pred: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
@@ -154,4 +159,9 @@ def _backward_flops(grad: Tensor, difference: Tensor, out_val: Any = None) -> in
     return difference.numel()
 
 
-FLOPS = {torch.ops.smaug.pixel_loss: _flops, torch.ops.smaug.pixel_loss_backward: _backward_flops}
+FLOPS = {
+    torch.ops.smaug.pixel_loss: _flops,
+    torch.ops.smaug.pixel_loss_reference: _flops,
+    torch.ops.smaug.pixel_loss_backward: _backward_flops,
+    torch.ops.smaug.pixel_loss_backward_reference: _backward_flops,
+}

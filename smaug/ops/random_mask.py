@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from smaug.ops.implementation import running
+from smaug.ops.implementation import reference_of, refuse
 
 Kind = Literal["random", "tube", "block", "frame"]
 
@@ -114,6 +114,9 @@ def _(
     return samples.new_empty((b, keep), dtype=torch.int32), samples.new_empty((b, n - keep), dtype=torch.int32)
 
 
+_random_mask_reference = reference_of(_random_mask)
+
+
 def _block_side(rows: int, columns: int) -> int:
     return max(1, min(rows, columns) // 4)
 
@@ -177,22 +180,26 @@ def random_mask(
     if samples.ndim != 1:
         raise ValueError(f"samples must be (B,), one number a clip, but is {tuple(samples.shape)}.")
     device = samples.device
-    with running(impl, "random_mask", samples, _random_mask):
-        return _random_mask(
-            samples.to(torch.int64),
-            _host_scalar(seed, device),
-            _host_scalar(draw, device),
-            frames,
-            rows,
-            columns,
-            keep,
-            kind,
-            stream,
-        )
+    refuse(impl, "random_mask", samples)
+    op = _random_mask_reference if impl == "reference" else _random_mask
+    return op(
+        samples.to(torch.int64),
+        _host_scalar(seed, device),
+        _host_scalar(draw, device),
+        frames,
+        rows,
+        columns,
+        keep,
+        kind,
+        stream,
+    )
 
 
 def _flops(*args: object, out_val: object = None, **kwargs: object) -> int:
     return 0  # integer work only
 
 
-FLOPS = {torch.ops.smaug.random_mask: _flops}
+FLOPS = {
+    torch.ops.smaug.random_mask: _flops,
+    torch.ops.smaug.random_mask_reference: _flops,
+}

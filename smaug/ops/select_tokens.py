@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
-from smaug.ops.implementation import running
+from smaug.ops.implementation import reference_of, refuse
 from smaug.tokens import Lengths, PackedTokens
 
 
@@ -354,14 +356,16 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Any, op: CustomOpDef) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 12
-    dvalues, dscores = torch.ops.smaug.select_tokens_backward(grad, *ctx.saved_tensors, *ctx.rest)
+    dvalues, dscores = op(grad, *ctx.saved_tensors, *ctx.rest)
     return dvalues, dscores.to(ctx.scores_dtype) if ctx.needs_input_grad[1] else None, *(None,) * 10
 
 
-_select.register_autograd(_backward, setup_context=_setup)
+_select_reference, _select_backward_reference = map(reference_of, (_select, _select_backward))
+_select.register_autograd(partial(_backward, op=_select_backward), setup_context=_setup)
+_select_reference.register_autograd(partial(_backward, op=_select_backward_reference), setup_context=_setup)
 
 
 def _stay(n: int, prefix: int, keep: int, ratio: int) -> int:
@@ -473,21 +477,22 @@ def select_tokens(
                 "tokens.lengths, from which the exact number follows."
             )
         sizes = (capacity, *sizes[1:])
-    with running(impl, "select_tokens", tokens.values, _select):
-        values, cu_seqlens, ids, size, ids_kept, ids_dropped, overflow, *_ = _select(
-            tokens.values,
-            scores,
-            tokens.cu_seqlens,
-            tokens.ids,
-            tokens.size,
-            prefix,
-            count,
-            ratio,
-            -1.0 if mass is None else mass,
-            fuse or "",
-            uniform,
-            sizes,
-        )
+    refuse(impl, "select_tokens", tokens.values)
+    op = _select_reference if impl == "reference" else _select
+    values, cu_seqlens, ids, size, ids_kept, ids_dropped, overflow, *_ = op(
+        tokens.values,
+        scores,
+        tokens.cu_seqlens,
+        tokens.ids,
+        tokens.size,
+        prefix,
+        count,
+        ratio,
+        -1.0 if mass is None else mass,
+        fuse or "",
+        uniform,
+        sizes,
+    )
     selected = PackedTokens(values, cu_seqlens, ids, size, longest, lengths)
     return (selected, ids_kept, ids_dropped) if mass is None else (selected, ids_kept, ids_dropped, overflow)
 
@@ -511,4 +516,9 @@ def _backward_flops(
     return (3 if scores is not None else 1) * ids_dropped.shape[0] * grad.shape[1] if args[3] else 0
 
 
-FLOPS = {torch.ops.smaug.select_tokens: _flops, torch.ops.smaug.select_tokens_backward: _backward_flops}
+FLOPS = {
+    torch.ops.smaug.select_tokens: _flops,
+    torch.ops.smaug.select_tokens_reference: _flops,
+    torch.ops.smaug.select_tokens_backward: _backward_flops,
+    torch.ops.smaug.select_tokens_backward_reference: _backward_flops,
+}

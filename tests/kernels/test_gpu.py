@@ -116,6 +116,15 @@ def test_repeats_are_equal_to_the_bit_and_read_nothing_on_the_host(call):
         assert all(torch.equal(a, b) for a, b in zip(first, call("triton", torch.bfloat16), strict=True))
 
 
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_the_reference_starts_no_kernel(call):
+    from smaug.kernels import launch
+
+    with launch.record() as launches:
+        call("reference", torch.float32)
+    assert not launches
+
+
 def test_masks_are_those_of_the_cpu():
     samples = torch.arange(64) * 1_000_003
     for kind, keep in (("random", 200), ("tube", 196), ("block", 101), ("frame", 196)):
