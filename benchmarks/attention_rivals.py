@@ -1,8 +1,7 @@
-"""Attention of packed sequences by whoever offers it: the providers and the grid that bench_attention and
-attention_on_cpu share.
+"""Attention of packed sequences by whoever offers it, and the grid of lengths they are compared on.
 
 A provider is `build(q, k, v, lengths) -> run`, and `run()` gives o (T, H, E) for packed q, k, v (T, H, E). What a user
-would make once a batch (row numbers, masks, nested offsets) is made by build, outside the time; what every layer must do
+makes once a batch (row numbers, masks, nested offsets) is made by build, outside the time; what every layer has to do
 (bringing rows into a rectangle and out of it) is inside. One that cannot run here raises Unavailable with the reason.
 """
 
@@ -23,7 +22,8 @@ from smaug.testing import offsets
 Run = Callable[[], Tensor]
 PATCHES = 196  # of a frame of 224 pixels, patch 16
 KEEP = (0.1, 0.4, 1.0)
-BATCH = (16, 64)
+BATCH = (16, 64)  # frames: two and eight clips of eight
+HEADS, WIDTH = 12, 64
 DISTRIBUTIONS = ("equal", "spread", "longtail")
 
 
@@ -34,9 +34,8 @@ class Unavailable(Exception):
 def lengths_of(distribution: str, keep: float, batch: int) -> list[int]:
     """`batch` lengths around keep * 196 tokens, the same for everybody.
 
-    equal: what a count mask leaves, plus [CLS]. spread: a fifth to nine fifths of that, uniformly, as pruning by mass or
-    clips of several sizes leave. longtail: most short and a few of up to four times the mean, as captions and mixed
-    images and videos are.
+    equal: what a count mask leaves, plus [CLS]. spread: a fifth to nine fifths of that, uniformly, as pruning by mass
+    leaves. longtail: exponential, cut at four times the mean, as captions and mixed images and videos are.
     """
     mean = max(1, round(keep * PATCHES)) + 1
     if distribution == "equal":

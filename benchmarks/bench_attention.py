@@ -1,73 +1,84 @@
-"""Attention of packed sequences, forward and backward, beside what plain PyTorch offers for them.
+"""Attention of packed sequences, ViT-B's 12 heads of 64, beside everybody who offers it.
 
-    pytest benchmarks/bench_attention.py --benchmark-only
+    pytest benchmarks/bench_attention.py --benchmark-only [--full]
 
-`frames`: what is left of frames by a random mask at ViT-B width, 12 to 96 tokens of 196. `clips`: equal lengths, where
-padding costs nothing and so our advantage is none. Every provider gives the same result, which is checked first.
+Keep ratio of 196 patches x how lengths are spread x number of sequences. Every provider gives the same result, which
+is checked first. `test_flex_mask` and `test_compile` are what FlexAttention and torch.compile cost beside their calls.
 """
 
 import pytest
 import torch
-from torch.nn import functional as F
 
-from smaug import ops
-from smaug.testing import offsets, relative_error
+from benchmarks import attention_rivals as rivals
+from benchmarks.attention_rivals import BATCH, DISTRIBUTIONS, HEADS, KEEP, PROVIDERS, WIDTH, Unavailable, lengths_of
+from benchmarks.timing import PASSES, pass_of
+from smaug.testing import relative_error
 
-LENGTHS = {
-    "frames": [12 + int(n) for n in torch.randint(0, 85, (64,), generator=torch.Generator().manual_seed(0))],
-    "clips": [103] * 32,
-}
-HEADS, WIDTH = 12, 64
-
-
-def packed(q, k, v, lengths):
-    cu = offsets(lengths, q.device)
-    host = tuple(lengths)
-    return lambda: ops.attention(q, k, v, cu, lengths_q=host)
+SHORT = {("equal", 0.1, 64), ("spread", 0.1, 64), ("spread", 0.4, 16)}  # without --full, besides bf16 alone
+POINTS = [(d, k, b) for d in DISTRIBUTIONS for k in KEEP for b in BATCH]
+COMPILED = {"eager_compiled", "flex"}  # their kernels are no calls of aten
 
 
-def looped(q, k, v, lengths):
-    def run():
-        parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)), strict=True)
-        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts], 1).transpose(0, 1)
-
-    return run
+def _inputs(lengths, dtype, device):
+    generator = torch.Generator().manual_seed(1)
+    shape = sum(lengths), HEADS, WIDTH
+    return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(4)]
 
 
-def padded(q, k, v, lengths):
-    """Rows and mask are made once, outside the time; bringing the rows in and out is part of it."""
-    longest = max(lengths)
-    mask = torch.arange(longest, device=q.device) < torch.tensor(lengths, device=q.device)[:, None]
-    rows = mask.flatten().nonzero()[:, 0]
-
-    def run():
-        full = [
-            x.new_zeros(mask.numel(), HEADS, WIDTH)
-            .index_copy(0, rows, x)
-            .view(*mask.shape, HEADS, WIDTH)
-            .transpose(1, 2)
-            for x in (q, k, v)
-        ]
-        o = F.scaled_dot_product_attention(*full, attn_mask=mask[:, None, None])
-        return o.transpose(1, 2).flatten(0, 1).index_select(0, rows)
-
-    return run
-
-
-PROVIDERS = {"smaug": packed, "looped_sdpa": looped, "padded_sdpa": padded}
+def _case(point, dtype, passed):
+    short = point in SHORT and (dtype == torch.bfloat16 or passed == "step")
+    name = f"{point[0]}-{point[1]}-{point[2]}-{'bf16' if dtype == torch.bfloat16 else 'fp32'}-{passed}"
+    return pytest.param(point, dtype, passed, id=name, marks=() if short else pytest.mark.full)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("case", LENGTHS)
-def test_attention(timed, device, case, dtype, provider):
-    lengths = LENGTHS[case]
-    generator = torch.Generator().manual_seed(1)
-    q, k, v, g = (torch.randn(sum(lengths), HEADS, WIDTH, generator=generator).to(device, dtype) for _ in range(4))
-    leaves = [x.requires_grad_() for x in (q, k, v)]
-    run = PROVIDERS[provider](q, k, v, lengths)
+@pytest.mark.parametrize(
+    ("point", "dtype", "passed"),
+    [_case(point, dtype, p) for point in POINTS for dtype in (torch.float32, torch.bfloat16) for p in PASSES],
+)
+def test_attention(timed, device, point, dtype, passed, provider):
+    lengths = lengths_of(*point)
+    *leaves, grad = _inputs(lengths, dtype, device)
+    with torch.set_grad_enabled(passed != "forward"):
+        try:
+            run = PROVIDERS[provider](*leaves, lengths)
+        except Unavailable as why:
+            pytest.skip(str(why))
     with torch.no_grad():
-        truth = looped(*(x.double() for x in leaves), lengths)()
-        assert relative_error(run(), truth) < (1e-5 if dtype == torch.float32 else 1e-2)
-    shape = f"{len(lengths)} sequences of {min(lengths)}..{max(lengths)}, {HEADS} heads of {WIDTH}"
-    timed(lambda: torch.autograd.grad(run(), leaves, g), shape, dtype, rounds=8)
+        truth = rivals.looped_sdpa(*(x.double() for x in leaves), lengths)()
+        assert relative_error(run(), truth) < (1e-5 if dtype == torch.float32 else 2e-2)
+    d, keep, batch = point
+    shape = f"{batch} sequences, {d}, {keep:.0%} of {rivals.PATCHES} kept: {min(lengths)} to {max(lengths)} tokens"
+    rows = grad.numel() * grad.element_size()
+    timed(
+        *(pass_of(passed, run, leaves, grad.detach()), shape, dtype),
+        least_bytes={"forward": 4, "backward": 8, "step": 8}[passed] * rows,  # q k v o; q k v o g dq dk dv
+        countable=provider not in COMPILED,
+    )
+
+
+@pytest.mark.parametrize(
+    "point", [p if p in SHORT else pytest.param(p, marks=pytest.mark.full) for p in POINTS], ids=str
+)
+def test_flex_mask(timed, device, point):
+    """FlexAttention's block mask, once for each batch of lengths."""
+    lengths = lengths_of(*point)
+    d, keep, batch = point
+    shape = f"{batch} sequences, {d}, {keep:.0%} of {rivals.PATCHES} kept: {sum(lengths)} rows"
+    timed(lambda: rivals.flex_mask(lengths, device), shape, torch.int32, countable=False)
+
+
+@pytest.mark.parametrize("provider", sorted(COMPILED))
+def test_compile(benchmark, device, provider):
+    """The first call of a compiled provider, nothing cached on disk: torch.compile's whole cost, once for each shape."""
+    lengths = lengths_of("spread", 0.1, 64)
+    *leaves, _ = _inputs(lengths, torch.float32, device)
+
+    def first() -> None:
+        torch.compiler.reset()
+        rivals._compiled_flex.cache_clear()
+        rivals._compiled_softmax.cache_clear()
+        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+            PROVIDERS[provider](*leaves, lengths)()
+
+    benchmark.pedantic(first, rounds=1)

@@ -1,6 +1,14 @@
-"""What the benchmarks share: how a function is timed, and what is kept beside the time."""
+"""What pytest sees in every benchmark: the fixture that times and notes, and the option for the whole sweep.
 
+pytest benchmarks/ --benchmark-only                      # ten minutes on two cores
+pytest benchmarks/ --benchmark-only --full               # every point
+pytest benchmarks/ --benchmark-only --benchmark-json=x.json && python -m benchmarks.plots x.json
+"""
+
+import importlib.metadata
+import math
 import statistics
+import time
 from collections.abc import Callable
 
 import pytest
@@ -13,8 +21,26 @@ from torch.utils.flop_counter import (
     sdpa_flop,
 )
 
+from benchmarks.launches import launches
+from benchmarks.timing import peak_memory
 from smaug import ops
 from smaug.device import describe
+
+SECONDS = 0.4  # of timing for each number, unless --full asks for more
+VERSIONS = {name: importlib.metadata.version(name) for name in ("smaug", "torch", "triton")}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="benchmarks: every point of the sweep, not a few of each op")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
 @pytest.fixture
@@ -23,31 +49,51 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def timed(benchmark, device):
-    """timed(function, shape, dtype, rounds): times it, and notes machine, versions, shape, FLOPs and FLOP/s.
+def timed(benchmark, device, request):
+    """timed(function, shape, dtype, least_bytes): times a call and keeps beside it what it was and what it took.
 
-    FLOPs are those that the function computes, counted once outside the time; a rival that computes more is told by it.
+    FLOPs, launches and peak memory are those of the function itself, each counted once outside the time: a rival that
+    computes more, or in more pieces, is told by it. least_bytes: inputs read once and outputs written once, the same
+    for every provider. As many rounds as fit in the time. countable: False if compiled, whose kernels aten never sees.
     """
 
-    def timed(function: Callable[[], object], shape: str, dtype: torch.dtype, rounds: int = 10) -> None:
-        ops.register_flops()
-        _register_cpu_sdpa()
-        with FlopCounterMode(display=False) as counter:
-            function()
-
+    def timed(
+        function: Callable[[], object],
+        shape: str,
+        dtype: torch.dtype,
+        least_bytes: int | None = None,
+        rounds: int | None = None,
+        countable: bool = True,
+    ) -> None:
         def once() -> None:
             function()
             if device.type == "cuda":
                 torch.cuda.synchronize()
 
-        benchmark.pedantic(once, rounds=rounds, warmup_rounds=2)
+        ops.register_flops()
+        _register_cpu_sdpa()
+        began = time.perf_counter()
+        once()  # compiles what is compiled
+        first = time.perf_counter() - began
+        with FlopCounterMode(display=False) as counter:
+            function()
+        memory = peak_memory(once, device)
+        began = time.perf_counter()
+        once()
+        seconds = SECONDS * (5 if request.config.getoption("--full") else 1)
+        fit = max(3, min(200, math.ceil(seconds / (time.perf_counter() - began))))
+        benchmark.pedantic(once, rounds=rounds or fit, warmup_rounds=1)
         flops = counter.get_total_flops()
-        benchmark.extra_info |= {
+        benchmark.group = f"{request.node.originalname} {shape} {dtype}"
+        benchmark.extra_info |= VERSIONS | {
             "machine": describe(device),
-            "torch": torch.__version__,
             "shape": shape,
             "dtype": str(dtype).removeprefix("torch."),
             "gflop": flops / 1e9,
+            "least_mb": None if least_bytes is None else least_bytes / 1e6,
+            "peak_mb": memory / 1e6,
+            "first_call_s": first,
+            "launches": launches(function) if countable else None,
         }
         if benchmark.stats is not None:  # None with --benchmark-disable
             benchmark.extra_info["gflop_per_second"] = flops / 1e9 / statistics.median(benchmark.stats.stats.data)

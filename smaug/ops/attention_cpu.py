@@ -22,7 +22,7 @@ from torch import Tensor
 
 # Measured on one thread of an EPYC (AVX512-BF16, 1 MiB of second-level cache a core).
 _CHUNK = 1 << 18  # scores of one chunk
-_BUCKET = 1 << 14  # what the calls of one more bucket cost, forward and backward, in scores computed
+_BUCKET = 1 << 16  # what the calls of one more bucket cost, forward and backward, in scores computed
 _FLASH_FROM = 96  # keys from which torch's CPU flash kernel beats products, in fp32
 _LOG2E = math.log2(math.e)
 
@@ -252,7 +252,7 @@ def _add(out: Tensor, rows: slice | Tensor, x: Tensor) -> None:
 
 
 def _heads_first(x: Tensor, sequences: int, heads_kv: int) -> Tensor:
-    """(sequences * L, H, E) -> (sequences * H_kv, L * H // H_kv, E): the query heads of a group are rows of one product."""
+    """(sequences * L, H, E) -> (sequences * H_kv, L * H // H_kv, E): a group's query heads are rows of one product."""
     _, h, e = x.shape
     return x.view(sequences, -1, heads_kv, h // heads_kv, e).transpose(1, 2).reshape(sequences * heads_kv, -1, e)
 
