@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from benchmarks.timing import compiled
 from smaug import ops
 from smaug.testing import offsets
 
@@ -97,7 +98,7 @@ eager = functools.partial(_padded, _softmax)
 
 @functools.cache
 def _compiled_softmax() -> Callable[..., Tensor]:
-    return torch.compile(_softmax, dynamic=True)
+    return compiled(_softmax, dynamic=True)
 
 
 def eager_compiled(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Run:
@@ -119,7 +120,7 @@ def nested_sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Run:
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    return compiled(flex_attention, dynamic=False)
 
 
 def flex_mask(lengths: list[int], device: torch.device):

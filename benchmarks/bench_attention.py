@@ -70,7 +70,7 @@ def test_flex_mask(timed, device, point):
 
 @pytest.mark.parametrize("provider", sorted(COMPILED))
 def test_compile(benchmark, device, provider):
-    """The first call of a compiled provider, nothing cached on disk: torch.compile's whole cost, once for each shape."""
+    """The first call of a compiled provider, nothing cached on disk: what torch.compile costs for each new shape."""
     lengths = lengths_of("spread", 0.1, 64)
     *leaves, _ = _inputs(lengths, torch.float32, device)
 

@@ -1,6 +1,6 @@
 """From uint8 frames to the tokens that stay, forward and backward.
 
-    pytest benchmarks/bench_patch_embed.py --benchmark-only
+    pytest benchmarks/bench_patch_embed.py --benchmark-only [--full]
 
 The rivals: embed every patch and then choose (`conv_then_gather`, what most code does), and choose first, in plain
 PyTorch (`gather_then_linear`). All give the same tokens, which is checked first.
@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.timing import compiled, pass_of
 from smaug import ops
 from smaug.testing import relative_error
 
 MEAN, STD = (0.48, 0.45, 0.40), (0.22, 0.23, 0.25)
-B, FRAMES, SIDE, PATCH, WIDTH = 4, 8, 224, 16, 768
+FRAMES, SIDE, PATCH, WIDTH = 8, 224, 16, 768
 GRID = SIDE // PATCH
 
 
@@ -31,32 +32,49 @@ def normalised(pixels, dtype, last):
 
 
 def conv_then_gather(video, ids, weight, bias):
+    batch = len(video)
     pixels = normalised(video.permute(0, 1, 4, 2, 3).flatten(0, 1), weight.dtype, last=False)
     every = F.conv2d(pixels, weight.view(-1, 3, PATCH, PATCH), bias, stride=PATCH).flatten(2).transpose(1, 2)
-    every = every.reshape(B, -1, WIDTH)
+    every = every.reshape(batch, -1, WIDTH)
     return every.gather(1, ids.long()[..., None].expand(-1, -1, WIDTH))
 
 
 def gather_then_linear(video, ids, weight, bias):
-    patches = video.view(B, FRAMES, GRID, PATCH, GRID, PATCH, 3).transpose(3, 4).reshape(B, -1, PATCH * PATCH * 3)
+    patches = (
+        video.view(-1, FRAMES, GRID, PATCH, GRID, PATCH, 3).transpose(3, 4).reshape(len(video), -1, PATCH * PATCH * 3)
+    )
     kept = patches.gather(1, ids.long()[..., None].expand(-1, -1, patches.shape[2]))
     pixels = normalised(kept.view(*ids.shape, PATCH, PATCH, 3), weight.dtype, last=True)
     return F.linear(pixels.movedim(-1, -3).flatten(2), weight, bias)
 
 
-@pytest.mark.parametrize("provider", [smaug, conv_then_gather, gather_then_linear], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+FUNCTIONS = {f.__name__: f for f in (smaug, conv_then_gather, gather_then_linear)}
+
+
+@pytest.mark.parametrize("provider", ["smaug", "conv_then_gather", "conv_then_gather_compiled", "gather_then_linear"])
+@pytest.mark.parametrize("passed", ["forward", "step"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.full), torch.bfloat16], ids=["fp32", "bf16"]
+)
 @pytest.mark.parametrize("ratio", [0.6, 0.9])
-def test_patch_embed(timed, device, ratio, dtype, provider):
+@pytest.mark.parametrize("batch", [4, pytest.param(16, marks=pytest.mark.full)])
+def test_patch_embed(timed, device, batch, ratio, dtype, passed, provider):
     generator = torch.Generator().manual_seed(0)
-    video = torch.randint(0, 256, (B, FRAMES, SIDE, SIDE, 3), dtype=torch.uint8, generator=generator).to(device)
+    video = torch.randint(0, 256, (batch, FRAMES, SIDE, SIDE, 3), dtype=torch.uint8, generator=generator).to(device)
     keep = ops.keep_count(FRAMES * GRID**2, ratio)
-    ids, _ = ops.random_mask(torch.arange(B, device=device), (FRAMES, GRID, GRID), keep, seed=0)
+    ids, _ = ops.random_mask(torch.arange(batch, device=device), (FRAMES, GRID, GRID), keep, seed=0)
     weight = (torch.randn(WIDTH, 3 * PATCH**2, generator=generator) / 28).to(device, dtype).requires_grad_()
     bias = torch.zeros(WIDTH, device=device, dtype=dtype, requires_grad=True)
-    g = torch.randn(*ids.shape, WIDTH, generator=generator).to(device, dtype)
+    grad = torch.randn(*ids.shape, WIDTH, generator=generator).to(device, dtype)
+    embed = FUNCTIONS.get(provider) or compiled(conv_then_gather)
+    run = lambda: embed(video, ids, weight, bias)  # noqa: E731
     with torch.no_grad():
         truth = conv_then_gather(video, ids, weight.double(), bias.double())
-        assert relative_error(provider(video, ids, weight, bias), truth) < (1e-5 if dtype == torch.float32 else 1e-2)
-    shape = f"{B} clips, {FRAMES} frames of {SIDE}, patch {PATCH}, {keep} of {FRAMES * GRID**2} kept, width {WIDTH}"
-    timed(lambda: torch.autograd.grad(provider(video, ids, weight, bias), (weight, bias), g), shape, dtype, rounds=5)
+        assert relative_error(run(), truth) < (1e-5 if dtype == torch.float32 else 1e-2)
+    shape = f"{batch} clips, {FRAMES} frames of {SIDE}, patch {PATCH}, {keep} of {FRAMES * GRID**2} kept, width {WIDTH}"
+    pixels, rows = ids.numel() * 3 * PATCH**2, (grad.numel() + weight.numel()) * dtype.itemsize
+    timed(
+        *(pass_of(passed, run, (weight, bias), grad), shape, dtype),
+        least_bytes=(pixels + rows) * (2 if passed == "step" else 1),
+        countable=provider != "conv_then_gather_compiled",
+    )

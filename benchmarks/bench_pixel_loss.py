@@ -2,8 +2,8 @@
 
     pytest benchmarks/bench_pixel_loss.py --benchmark-only [--full]
 
-`eager` is MAE's: patchify all pixels, normalise every patch, subtract at every patch, and weigh by the mask. MAE predicts
-every patch; so that both read the same prediction, ours of the removed patches is given to it in their places.
+`eager` is MAE's: patchify all pixels, normalise every patch, then take those that were removed. MAE predicts every
+patch and weighs by the mask; here both read the same prediction, of the removed patches alone.
 """
 
 import pytest

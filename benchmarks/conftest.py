@@ -8,8 +8,10 @@ pytest benchmarks/ --benchmark-only --benchmark-json=x.json && python -m benchma
 import importlib.metadata
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,10 +23,14 @@ from torch.utils.flop_counter import (
     sdpa_flop,
 )
 
-from benchmarks.launches import launches
-from benchmarks.timing import peak_memory
 from smaug import ops
 from smaug.device import describe
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.launches import launches
+from benchmarks.timing import peak_memory
+
+del sys.path[0]  # or transformers would take our folder `kernels` for its own package
 
 SECONDS = 0.4  # of timing for each number, unless --full asks for more
 VERSIONS = {name: importlib.metadata.version(name) for name in ("smaug", "torch", "triton")}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
+from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.profiler import ProfilerActivity, profile
 
 PASSES = ("forward", "backward", "step")  # step is forward and backward together
@@ -29,9 +28,12 @@ def pass_of(name: str, run: Callable[[], Tensor], leaves: Sequence[Tensor], grad
 
 
 def compiled(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
-    """torch.compile(function), or skips: a CPU needs a C++ compiler for it."""
-    if not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
-        pytest.skip("torch.compile needs a C++ compiler here, and there is no g++")
+    """torch.compile(function), or skips: on a CPU it needs a C++ compiler."""
+    if not torch.cuda.is_available():
+        try:
+            get_cpp_compiler()
+        except RuntimeError as error:
+            pytest.skip(f"torch.compile needs a C++ compiler here: {error}")
     return torch.compile(function, **kwargs)
 
 
