@@ -131,8 +131,10 @@ def flex_mask(lengths: list[int], device: torch.device):
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Run:
-    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
-        raise Unavailable("FlexAttention has no backward on a CPU")
+    if q.device.type == "cpu":
+        if torch.is_grad_enabled():
+            raise Unavailable("FlexAttention has no backward on a CPU")
+        q, k, v = q.detach(), k.detach(), v.detach()  # it refuses tensors that could ask for one
     mask = flex_mask(lengths, q.device)
 
     def run() -> Tensor:

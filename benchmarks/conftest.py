@@ -60,7 +60,8 @@ def timed(benchmark, device, request):
 
     FLOPs, launches and peak memory are those of the function itself, each counted once outside the time: a rival that
     computes more, or in more pieces, is told by it. least_bytes: inputs read once and outputs written once, the same
-    for every provider. As many rounds as fit in the time. countable: False if compiled, whose kernels aten never sees.
+    for every provider. As many rounds as fit in the time. countable: False if FLOPs and launches cannot be counted,
+    as in a compiled function, whose kernels are no calls of aten.
     """
 
     def timed(
@@ -81,27 +82,29 @@ def timed(benchmark, device, request):
         began = time.perf_counter()
         once()  # compiles what is compiled
         first = time.perf_counter() - began
-        with FlopCounterMode(display=False) as counter:
-            function()
+        flops = None
+        if countable:
+            with FlopCounterMode(display=False) as counter:
+                function()
+            flops = counter.get_total_flops()
         memory = peak_memory(once, device)
         began = time.perf_counter()
         once()
         seconds = SECONDS * (5 if request.config.getoption("--full") else 1)
         fit = max(3, min(200, math.ceil(seconds / (time.perf_counter() - began))))
         benchmark.pedantic(once, rounds=rounds or fit, warmup_rounds=1)
-        flops = counter.get_total_flops()
         benchmark.group = f"{request.node.originalname} {shape} {dtype}"
         benchmark.extra_info |= VERSIONS | {
             "machine": describe(device),
             "shape": shape,
             "dtype": str(dtype).removeprefix("torch."),
-            "gflop": flops / 1e9,
+            "gflop": None if flops is None else flops / 1e9,
             "least_mb": None if least_bytes is None else least_bytes / 1e6,
             "peak_mb": memory / 1e6,
             "first_call_s": first,
             "launches": launches(function) if countable else None,
         }
-        if benchmark.stats is not None:  # None with --benchmark-disable
+        if flops and benchmark.stats is not None:  # None with --benchmark-disable
             benchmark.extra_info["gflop_per_second"] = flops / 1e9 / statistics.median(benchmark.stats.stats.data)
 
     return timed

@@ -23,7 +23,7 @@ _library = torch.library.Library("smaug", "FRAGMENT")
 def _define(name: str, function: Callable[..., Any]) -> torch._ops.OpOverload:
     _library.define(name + torch.library.infer_schema(function, mutates_args=()))
     _library.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
-    return getattr(torch.ops.smaug, name).default  # type: ignore[no-any-return]
+    return getattr(torch.ops.smaug, name).default
 
 
 _attention = _define("attention", attention_cpu.forward)

@@ -27,25 +27,32 @@ _FLASH_FROM = 96  # keys from which torch's CPU flash kernel beats products, in 
 _LOG2E = math.log2(math.e)
 
 
-class Bucket(NamedTuple):
-    """Query sequences in one rectangle. Rows are a slice where they lie together, else an index."""
+class _Side(NamedTuple):
+    """The queries or the keys of a bucket: sequences * length places, some of which may be surplus."""
+
+    length: int
+    shown: slice | Tensor  # the row at each place; a slice where rows lie together
+    kept: Tensor | None  # places that are no surplus; None = all
+    rows: slice | Tensor  # the rows at these
+
+    @property
+    def in_place(self) -> bool:
+        return self.kept is None and isinstance(self.rows, slice)
+
+
+class _Bucket(NamedTuple):
+    """Query sequences in one rectangle, and what they attend to in another."""
 
     sequences: int
-    len_q: int
-    len_k: int
-    rows_q: slice | Tensor  # of the sequences * len_q places of the rectangle
-    rows_k: slice | Tensor
-    segments: Tensor | None  # (sequences * len_k,) index into segment_bias, flattened
-    kept_q: Tensor | None  # which places of the rectangle are real; None = all
-    kept_k: Tensor | None
-    to_q: slice | Tensor  # the rows of the places that are kept
-    to_k: slice | Tensor
-    hidden: Tensor | None  # (sequences, len_k) fp32: 0 at real keys, -inf at the others
-    surplus_q: Tensor | None  # places that are not real
+    q: _Side
+    k: _Side
+    segments: Tensor | None  # of each place of k, index into segment_bias, flattened
+    hidden: Tensor | None  # (sequences, k.length) fp32: -inf at surplus keys, else 0
+    surplus_q: Tensor | None  # places
 
 
 class _Plan(NamedTuple):
-    buckets: list[Bucket]
+    buckets: list[_Bucket]
     end_q: int  # where the tail of the queries begins
     covers_q: int  # rows that the buckets write
     covers_k: int  # the same of keys, if each serves one query sequence
@@ -110,32 +117,19 @@ def _plan_of(
     buckets = []
     covers_q = covers_k = 0
     for group in _groups(len_q, len_k, heads):
-        n, nq, nk = len(group), int(len_q[group].max()), int(len_k[group].max())
-        real_q = _concatenated(cu_q[group], len_q[group])
         part = each[group].reshape(-1)
-        real_k = _concatenated(cu_k[np.maximum(kv[group], 0)].reshape(-1), part)
-        places_q, kept_q = _padded(len_q[group], nq)
-        places_k, kept_k = _padded(len_k[group], nk)
-        index = None
+        q, kept_q, _ = _side(_concatenated(cu_q[group], len_q[group]), len_q[group], device)
+        rows_k = _concatenated(cu_k[np.maximum(kv[group], 0)].reshape(-1), part)
+        k, kept_k, places_k = _side(rows_k, len_k[group], device)
+        index = hidden = None
         if segments:
             number = np.repeat((group[:, None] * kv.shape[1] + np.arange(kv.shape[1])).reshape(-1), part)
-            index = torch.from_numpy(number if kept_k is None else number[places_k]).to(device)
-        hidden = None
+            index = torch.from_numpy(number[places_k]).to(device)
         if kept_k is not None:
-            hidden = torch.zeros(n * nk).masked_fill_(~torch.from_numpy(kept_k), -torch.inf).view(n, nk).to(device)
-        covers_q, covers_k = covers_q + len(real_q), covers_k + len(real_k)
-        buckets.append(
-            Bucket(
-                *(n, nq, nk),
-                _rows(real_q if kept_q is None else real_q[places_q], device),
-                _rows(real_k if kept_k is None else real_k[places_k], device),
-                index,
-                *(None if kept is None else _index(kept, device) for kept in (kept_q, kept_k)),
-                *(_rows(real, device) for real in (real_q, real_k)),
-                hidden,
-                None if kept_q is None else _index(~kept_q, device),
-            )
-        )
+            hidden = torch.from_numpy(np.where(kept_k, 0, -np.inf).astype(np.float32)).view(len(group), -1).to(device)
+        surplus = None if kept_q is None else torch.from_numpy(np.flatnonzero(~kept_q)).to(device)
+        buckets.append(_Bucket(len(group), q, k, index, hidden, surplus))
+        covers_q, covers_k = covers_q + int(len_q[group].sum()), covers_k + len(rows_k)
     return _Plan(buckets, int(cu_q[-1]), covers_q, covers_k)
 
 
@@ -178,23 +172,25 @@ def _concatenated(start: np.ndarray, length: np.ndarray) -> np.ndarray:
     return np.repeat(start - before, length) + np.arange(length.sum())
 
 
-def _padded(length: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Places (len(length) * longest,) in the concatenation, a sequence's last one repeated, and which are real."""
+def _side(
+    rows: np.ndarray, length: np.ndarray, device: torch.device
+) -> tuple[_Side, np.ndarray | None, slice | np.ndarray]:
+    """The rectangle of sequences of these rows and lengths, which of its places are real (None: all), and which of the
+    rows each shows: a surplus place shows its sequence's last."""
+
+    def on_device(rows: np.ndarray) -> slice | Tensor:
+        if (np.diff(rows) == 1).all():
+            return slice(int(rows[0]), int(rows[-1]) + 1)
+        return torch.from_numpy(rows).to(device)
+
+    longest, to = int(length.max()), on_device(rows)
     if (length == longest).all():
-        return np.empty(0, dtype=np.int64), None
+        return _Side(longest, to, None, to), None, slice(None)
     column = np.arange(longest)
-    places = (np.cumsum(length) - length)[:, None] + np.minimum(column, length[:, None] - 1)
-    return places.reshape(-1), (column < length[:, None]).reshape(-1)
-
-
-def _rows(rows: np.ndarray, device: torch.device) -> slice | Tensor:
-    if (np.diff(rows) == 1).all():
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-    return torch.from_numpy(rows).to(device)
-
-
-def _index(mask: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.flatnonzero(mask)).to(device)
+    kept = (column < length[:, None]).reshape(-1)
+    places = ((np.cumsum(length) - length)[:, None] + np.minimum(column, length[:, None] - 1)).reshape(-1)
+    side = _Side(longest, on_device(rows[places]), torch.from_numpy(np.flatnonzero(kept)).to(device), to)
+    return side, kept, places
 
 
 def _take(x: Tensor, rows: slice | Tensor, dim: int = 0) -> Tensor:
@@ -208,42 +204,47 @@ def _output(like: Tensor, covers: int) -> Tensor:
     return like.new_empty(like.shape) if covers == like.shape[0] else like.new_zeros(like.shape)
 
 
-def _place(out: Tensor, rows: slice | Tensor | None, kept: Tensor | None, places: int) -> Tensor:
-    """Where a bucket writes its (places, H, E): rows of out themselves if they lie together, else room of its own."""
-    if kept is None and isinstance(rows, slice):
-        return out[rows]
-    return out.new_empty((places, *out.shape[1:]))
+def _place(out: Tensor | None, like: Tensor, covers: int, side: _Side, places: int) -> tuple[Tensor | None, Tensor]:
+    """out, and where a bucket writes its (places, H, E): rows of out if they lie together, else room of its own."""
+    if side.in_place:
+        out = _output(like, covers) if out is None else out
+        return out, out[side.rows]
+    return out, like.new_empty((places, *like.shape[1:]))
 
 
-def _put_back(out: Tensor, rows: slice | Tensor, kept: Tensor | None, x: Tensor) -> Tensor:
-    """out with what `_place` gave."""
-    return out if kept is None and isinstance(rows, slice) else _put(out, rows, kept, x)
-
-
-def _put(out: Tensor, rows: slice | Tensor, kept: Tensor | None, x: Tensor) -> Tensor:
-    """out with the kept places of x at ``rows``; x itself where that is all there is."""
-    if kept is not None:
-        x = x.index_select(0, kept)
-    if isinstance(rows, slice):
-        if rows.stop - rows.start == out.shape[0]:
-            return x.reshape(out.shape).contiguous()
-        out[rows].view(x.shape).copy_(x)
+def _put(out: Tensor | None, like: Tensor, covers: int, side: _Side, x: Tensor) -> Tensor:
+    """out, made when first needed, with the places x of a bucket in it; x itself where that is all there is."""
+    if side.kept is not None:
+        x = x.index_select(0, side.kept)
+    if isinstance(side.rows, slice) and side.rows.stop - side.rows.start == like.shape[0]:
+        return x.reshape(like.shape).contiguous()
+    out = _output(like, covers) if out is None else out
+    if isinstance(side.rows, slice):
+        out[side.rows].view(x.shape).copy_(x)
     else:
-        out.index_copy_(0, rows, x.reshape(-1, *out.shape[1:]))
+        out.index_copy_(0, side.rows, x.reshape(-1, *like.shape[1:]))
     return out
 
 
-def _put_lse(lse: Tensor, bucket: Bucket, x: Tensor) -> None:
-    if bucket.kept_q is not None:
-        x = x.index_select(1, bucket.kept_q)
-    if isinstance(bucket.to_q, slice):
-        lse[:, bucket.to_q] = x
+def _put_lse(lse: Tensor | None, rows: int, plan: _Plan, side: _Side, x: Tensor) -> Tensor:
+    """As `_put`, for lse (H, rows) and x (H, places)."""
+    if side.kept is not None:
+        x = x.index_select(1, side.kept)
+    if isinstance(side.rows, slice) and side.rows.stop - side.rows.start == rows:
+        return x.contiguous()
+    if lse is None:
+        lse = x.new_zeros((x.shape[0], rows))
+        lse[:, : plan.end_q] = -torch.inf
+    if isinstance(side.rows, slice):
+        lse[:, side.rows] = x
     else:
-        lse.index_copy_(1, bucket.to_q, x)
+        lse.index_copy_(1, side.rows, x)
+    return lse
 
 
-def _add(out: Tensor, rows: slice | Tensor, x: Tensor) -> None:
-    """Surplus places add 0 to a row that exists."""
+def _add(out: Tensor | None, rows: slice | Tensor, x: Tensor) -> None:
+    """x onto rows of out, which is there if keys are shared. Surplus places add 0 to a row that exists."""
+    assert out is not None
     if isinstance(rows, slice):
         out[rows].view(x.shape).add_(x)
     else:
@@ -269,12 +270,12 @@ def _flash_is_best(q: Tensor, group: int, biases: bool) -> bool:
     return q.device.type == "cpu" and group == 1 and not biases and q.dtype in (torch.float16, torch.float32)
 
 
-def _steps(bucket: Bucket, heads: int) -> tuple[int, int]:
+def _steps(bucket: _Bucket, heads: int) -> tuple[int, int]:
     """Sequences of a chunk and, where one sequence is much more than that, its queries."""
-    a_sequence = bucket.len_q * bucket.len_k * heads
+    a_sequence = bucket.q.length * bucket.k.length * heads
     if a_sequence <= 8 * _CHUNK:
-        return max(1, _CHUNK // a_sequence), bucket.len_q
-    return 1, max(1, 8 * _CHUNK // (bucket.len_k * heads))
+        return max(1, _CHUNK // a_sequence), bucket.q.length
+    return 1, max(1, 8 * _CHUNK // (bucket.k.length * heads))
 
 
 def _logits(q: Tensor, k: Tensor, scale: float, bias: Tensor | None, acc: torch.dtype) -> Tensor:
@@ -303,14 +304,14 @@ def _powers(
 
 
 def _bias(
-    bucket: Bucket, heads_kv: int, segment_bias: Tensor | None, key_bias: Tensor | None, acc: torch.dtype
+    bucket: _Bucket, heads_kv: int, segment_bias: Tensor | None, key_bias: Tensor | None, acc: torch.dtype
 ) -> Tensor | None:
     """(sequences * H_kv, 1, len_k): what is added to the logits of each key, in base 2."""
     bias = None
     if segment_bias is not None and bucket.segments is not None:
         bias = segment_bias.reshape(-1).index_select(0, bucket.segments).to(acc)
     if key_bias is not None:
-        keys = _take(key_bias, bucket.rows_k).to(acc)
+        keys = _take(key_bias, bucket.k.shown).to(acc)
         bias = keys if bias is None else bias + keys
     if bias is not None:
         bias = (bias * _LOG2E).view(bucket.sequences, -1)
@@ -346,26 +347,23 @@ def forward(
         *(cu_seqlens_q, cu_seqlens_k, kv_ids, segment_bias is not None, lengths_q, lengths_k),
         0 if flash or key_scores else h,  # a mean over queries would have to leave out surplus ones
     )
-    o = _output(q, plan.covers_q)
-    lse = q.new_zeros((h, t_q), dtype=acc)
-    if plan.end_q > plan.covers_q:
-        lse[:, : plan.end_q] = -torch.inf
+    o: Tensor | None = None
+    lse: Tensor | None = None
     scores = q.new_zeros((k.shape[0] if key_scores else 0,), dtype=acc)
     uses = torch.zeros_like(scores) if kv_ids is not None else None
     by_row = q.dtype == torch.float16  # shares without a shift would leave its range
 
     for bucket in plan.buckets:
-        n, nq, nk = bucket.sequences, bucket.len_q, bucket.len_k
-        qs, ks, vs = _take(q, bucket.rows_q), _take(k, bucket.rows_k), _take(v, bucket.rows_k)
+        n, nq, nk = bucket.sequences, bucket.q.length, bucket.k.length
+        qs, ks, vs = _take(q, bucket.q.shown), _take(k, bucket.k.shown), _take(v, bucket.k.shown)
         if flash:
-            o_, lse_ = torch._scaled_dot_product_flash_attention_for_cpu(
-                *(x.view(n, -1, h, e).transpose(1, 2) for x in (qs, ks, vs)), scale=scale
-            )
-            o = _put(o, bucket.to_q, None, o_.transpose(1, 2))
-            _put_lse(lse, bucket, lse_.transpose(0, 1).reshape(h, -1))
+            q_, k_, v_ = (x.view(n, -1, h, e).transpose(1, 2) for x in (qs, ks, vs))
+            o_, lse_ = torch._scaled_dot_product_flash_attention_for_cpu(q_, k_, v_, scale=scale)
+            o = _put(o, q, plan.covers_q, bucket.q, o_.transpose(1, 2))
+            lse = _put_lse(lse, t_q, plan, bucket.q, lse_.transpose(0, 1).reshape(h, -1))
             continue
         bias = _bias(bucket, heads_kv, segment_bias, key_bias, acc)
-        os = _place(o, bucket.to_q, bucket.kept_q, n * nq)
+        o, os = _place(o, q, plan.covers_q, bucket.q, n * nq)
         lse_ = q.new_empty((n * heads_kv, nq * group, 1), dtype=acc)
         received = q.new_zeros((n * heads_kv, nk), dtype=acc) if key_scores else None
         many, some = _steps(bucket, h)
@@ -388,15 +386,19 @@ def forward(
                     received[part] = (p[:, :group] * share[:, :group]).sum(1)
                 x = torch.bmm(p if p.dtype == q.dtype else p.to(q.dtype), v_)
                 torch.mul(_rows_first(x, m, group), _rows_first(share, m, group), out=out[:, r : r + some])
-        o = _put_back(o, bucket.to_q, bucket.kept_q, os)
-        _put_lse(lse, bucket, _rows_first(lse_.div_(_LOG2E), n, group).reshape(n * nq, h).t())
+        if not bucket.q.in_place:
+            o = _put(o, q, plan.covers_q, bucket.q, os)
+        lse = _put_lse(lse, t_q, plan, bucket.q, _rows_first(lse_.div_(_LOG2E), n, group).reshape(n * nq, h).t())
         if received is not None:
             mean = received.view(n, heads_kv, nk).sum(1).div_(h * (1 if key_scores == "cls" else nq)).view(-1)
-            _add(scores, bucket.rows_k, mean)
+            _add(scores, bucket.k.shown, mean)
             if uses is not None:
-                _add(uses, bucket.rows_k, torch.ones_like(mean))
+                _add(uses, bucket.k.shown, torch.ones_like(mean))
     if uses is not None:
         scores = scores / uses.clamp(min=1)
+    if o is None or lse is None:  # no bucket
+        o, lse = q.new_zeros(q.shape), q.new_zeros((h, t_q), dtype=acc)
+        lse[:, : plan.end_q] = -torch.inf
     return o, lse, scores
 
 
@@ -429,34 +431,35 @@ def backward(
         *(cu_seqlens_q, cu_seqlens_k, kv_ids, segment_bias is not None, lengths_q, lengths_k), 0 if flash else h
     )
     shared = kv_ids is not None  # a key row may serve several query sequences, so its gradients are summed
-    dq = _output(q, plan.covers_q)
-    dk, dv = (x.new_zeros(x.shape, dtype=acc) if shared else _output(x, plan.covers_k) for x in (k, v))
+    dq: Tensor | None = None
+    dk, dv = (x.new_zeros(x.shape, dtype=acc) if shared else None for x in (k, v))
     dsegment = q.new_zeros(segment_bias.shape if bias_grad and segment_bias is not None else (0,), dtype=acc)
     dkey = q.new_zeros(key_bias.shape if bias_grad and key_bias is not None else (0,), dtype=acc)
     if grad is None:
         grad = q.new_zeros(q.shape)
 
     for bucket in plan.buckets:
-        n, nq, nk = bucket.sequences, bucket.len_q, bucket.len_k
-        qs, ks, vs = _take(q, bucket.rows_q), _take(k, bucket.rows_k), _take(v, bucket.rows_k)
-        gs, lse_ = _take(grad, bucket.rows_q), _take(lse, bucket.rows_q, 1)
+        n, nq, nk = bucket.sequences, bucket.q.length, bucket.k.length
+        qs, ks, vs = _take(q, bucket.q.shown), _take(k, bucket.k.shown), _take(v, bucket.k.shown)
+        gs, lse_ = _take(grad, bucket.q.shown), _take(lse, bucket.q.shown, 1)
         if flash:
             grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
-                *(x.view(n, -1, h, e).transpose(1, 2) for x in (gs, qs, ks, vs, _take(o, bucket.rows_q))),
+                *(x.view(n, -1, h, e).transpose(1, 2) for x in (gs, qs, ks, vs, _take(o, bucket.q.shown))),
                 *(lse_.view(h, n, nq).transpose(0, 1), 0.0, False),
                 scale=scale,
             )
             dq_, dk_, dv_ = (x.transpose(1, 2) for x in grads)
-            dq = _put(dq, bucket.to_q, None, dq_)
+            dq = _put(dq, q, plan.covers_q, bucket.q, dq_)
             if shared:
-                _add(dk, bucket.rows_k, dk_)
-                _add(dv, bucket.rows_k, dv_)
+                _add(dk, bucket.k.shown, dk_)
+                _add(dv, bucket.k.shown, dv_)
             else:
-                dk, dv = _put(dk, bucket.to_k, None, dk_), _put(dv, bucket.to_k, None, dv_)
+                dk = _put(dk, k, plan.covers_k, bucket.k, dk_)
+                dv = _put(dv, v, plan.covers_k, bucket.k, dv_)
             continue
         bias = _bias(bucket, heads_kv, segment_bias, key_bias, acc)
         lse_ = lse_.t().reshape(n * nq, h, 1) * _LOG2E
-        dlse = None if grad_lse is None else _take(grad_lse, bucket.rows_q, 1).t().unsqueeze(-1).to(acc)
+        dlse = None if grad_lse is None else _take(grad_lse, bucket.q.shown, 1).t().unsqueeze(-1).to(acc)
         if bucket.surplus_q is not None:  # queries that are not there move nothing
             gs = gs.index_fill(0, bucket.surplus_q, 0)
             dlse = None if dlse is None else dlse.index_fill(0, bucket.surplus_q, 0)
@@ -466,8 +469,12 @@ def backward(
             dlse = None if dlse is None else dlse.masked_fill(nothing, 0)
         lse_ = _heads_first(lse_, n, heads_kv)
         dlse = None if dlse is None else _heads_first(dlse.contiguous(), n, heads_kv)
-        dqs = _place(dq, bucket.to_q, bucket.kept_q, n * nq)
-        dks, dvs = (_place(x, None if shared else bucket.to_k, bucket.kept_k, n * nk) for x in (dk, dv))
+        dq, dqs = _place(dq, q, plan.covers_q, bucket.q, n * nq)
+        if shared:
+            dks, dvs = k.new_empty((n * nk, heads_kv, e)), v.new_empty((n * nk, heads_kv, e))
+        else:
+            dk, dks = _place(dk, k, plan.covers_k, bucket.k, n * nk)
+            dv, dvs = _place(dv, v, plan.covers_k, bucket.k, n * nk)
         dbias = q.new_zeros((n * heads_kv, nk), dtype=acc) if bias_grad else None
         empty = q.new_empty(())
         many, some = _steps(bucket, h)
@@ -502,11 +509,13 @@ def backward(
             if segment_bias is not None and bucket.segments is not None:
                 dsegment.view(-1).index_add_(0, bucket.segments, received)
             if key_bias is not None:
-                _add(dkey, bucket.rows_k, received)
-        dq = _put_back(dq, bucket.to_q, bucket.kept_q, dqs)
+                _add(dkey, bucket.k.shown, received)
+        if not bucket.q.in_place:
+            dq = _put(dq, q, plan.covers_q, bucket.q, dqs)
         if shared:
-            _add(dk, bucket.rows_k, dks)
-            _add(dv, bucket.rows_k, dvs)
-        else:
-            dk, dv = (_put_back(x, bucket.to_k, bucket.kept_k, dx) for x, dx in ((dk, dks), (dv, dvs)))
+            _add(dk, bucket.k.shown, dks)
+            _add(dv, bucket.k.shown, dvs)
+        elif not bucket.k.in_place:
+            dk, dv = _put(dk, k, plan.covers_k, bucket.k, dks), _put(dv, v, plan.covers_k, bucket.k, dvs)
+    dq, dk, dv = (x.new_zeros(x.shape) if dx is None else dx for x, dx in ((q, dq), (k, dk), (v, dv)))
     return dq, dk.to(k.dtype), dv.to(v.dtype), dsegment, dkey

@@ -1,0 +1,118 @@
+"""Our attention on a CPU against the best of its rivals, point by point.
+
+    python -m benchmarks.attention_on_cpu              # 20 minutes; writes benchmarks/results/attention_on_cpu.csv
+    python -m benchmarks.attention_on_cpu --report     # the table of what is there
+
+Every point of bench_attention's grid, forward alone and forward with backward, fp32 and bf16, one thread. Providers
+take turns and each keeps its fastest of n, so that what else the machine does falls on all alike. The rivals: padded,
+looped and nested SDPA, and FlexAttention, which has no backward on a CPU. `eager`, attention written out as timm, MAE
+and EViT have it, is timed beside them: on equal lengths in bf16 it is faster than every SDPA.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import tyro
+
+from benchmarks.attention_rivals import (
+    BATCH,
+    DISTRIBUTIONS,
+    HEADS,
+    KEEP,
+    PROVIDERS,
+    WIDTH,
+    Unavailable,
+    lengths_of,
+)
+from benchmarks.timing import pass_of
+
+RESULTS = Path(__file__).parent / "results" / "attention_on_cpu.csv"
+RIVALS = ("padded_sdpa", "looped_sdpa", "nested_sdpa", "flex")
+NAMES = ("smaug", *RIVALS, "eager")
+POINT = ("dtype", "pass", "distribution", "keep", "batch")
+ROUNDS = 7, 200  # of a provider, at least and at most
+SLOW = 8.0  # after three rounds a rival this many times slower than the fastest is timed no more
+
+
+def race(lengths: list[int], dtype: torch.dtype, passed: str, seconds: float) -> dict[str, float]:
+    """Milliseconds by provider, the least of its rounds; none where it cannot run."""
+    generator = torch.Generator().manual_seed(1)
+    shape = sum(lengths), HEADS, WIDTH
+    *leaves, grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(4))
+    runs = {}
+    for name in NAMES:
+        inputs = [x.clone().requires_grad_() for x in leaves]
+        try:
+            with torch.set_grad_enabled(passed != "forward"):
+                runs[name] = pass_of(passed, PROVIDERS[name](*inputs, lengths), inputs, grad)
+        except Unavailable:
+            continue
+        runs[name]()
+    least = dict.fromkeys(runs, math.inf)
+    began, done = time.perf_counter(), 0
+    while done < ROUNDS[0] or (done < ROUNDS[1] and time.perf_counter() - began < seconds):
+        best = min(least.values())
+        for name, run in runs.items():
+            if done >= 3 and least[name] > SLOW * best:
+                continue
+            start = time.perf_counter()
+            run()
+            least[name] = min(least[name], 1e3 * (time.perf_counter() - start))
+        done += 1
+    return least
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """The ratios to the best rival: geometric mean, worst point, and the same with eager among the rivals."""
+    lines = [
+        "| | points | geometric mean | worst | with `eager` as a rival | worst |",
+        "|---|---|---|---|---|---|",
+    ]
+    groups = {(row["pass"], row["dtype"]): None for row in rows}
+    for passed, dtype in groups:
+        mine = [row for row in rows if (row["pass"], row["dtype"]) == (passed, dtype)]
+        cells = []
+        for names in (RIVALS, (*RIVALS, "eager")):
+            ratios = [min(float(row[n]) for n in names if row[n]) / float(row["smaug"]) for row in mine]
+            worst = mine[ratios.index(min(ratios))]
+            where = f"{worst['distribution']}, {float(worst['keep']):.0%}, {worst['batch']}"
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            cells += [f"{mean:.2f}x", f"{min(ratios):.2f}x ({where})"]
+        name = "forward" if passed == "forward" else "forward and backward"
+        lines.append(f"| {name}, {dtype} | {len(mine)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(report: bool = False, seconds: float = 2.0) -> None:
+    """Race on a CPU. report: only print what the file has. seconds: of rounds at each point."""
+    if not report:
+        torch.set_num_threads(1)
+        torch._dynamo.config.recompile_limit = 1000  # FlexAttention is compiled for each shape
+        rows = []
+        for dtype, passed, *point in itertools.product(
+            ("fp32", "bf16"), ("forward", "step"), DISTRIBUTIONS, KEEP, BATCH
+        ):
+            kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+            least = race(lengths_of(*point), kind, passed, seconds)
+            row = dict(zip(POINT, (dtype, passed, *point), strict=True))
+            rows.append(row | {name: f"{least[name]:.3f}" if name in least else "" for name in NAMES})
+            print(" ".join(str(x) for x in rows[-1].values()), flush=True)
+            with RESULTS.open("w", newline="") as file:
+                writer = csv.DictWriter(file, [*POINT, *NAMES], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+    if not RESULTS.exists():
+        raise SystemExit(f"{RESULTS} is not there; make it with `python -m benchmarks.attention_on_cpu`.")
+    with RESULTS.open(newline="") as file:
+        print(table(list(csv.DictReader(file))))
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))
