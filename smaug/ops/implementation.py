@@ -7,34 +7,35 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import warnings
 
-import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
 KERNELS = ("attention", "gather_tokens", "patch_embed", "pixel_loss", "random_mask", "select_tokens")
 
 
-@functools.cache
-def _load() -> str:
-    from smaug.kernels import triton_status
-
-    status = triton_status()
-    if status == "ok":
-        for name in KERNELS:
-            importlib.import_module(f"smaug.kernels.{name}")
-    else:
-        warnings.warn(f"smaug.ops runs on PyTorch's own operations on this GPU: {status}", stacklevel=3)
-    return status
+_status: str | None = None
 
 
-@torch.compiler.assume_constant_result  # torch.compile looks through a cache, and would trace the imports
 def load_kernels() -> str:
-    """Registers the Triton kernels for CUDA tensors -> "ok", or one sentence that says why they cannot run here."""
-    return _load()
+    """Registers the Triton kernels for CUDA tensors -> "ok", or one sentence that says why they cannot run here.
+
+    Done once, when `smaug.ops` is imported where CUDA is there. The answer is a global, since torch.compile looks
+    through functools.cache and would trace the imports.
+    """
+    global _status
+    if _status is None:
+        from smaug.kernels import triton_status
+
+        _status = triton_status()
+        if _status == "ok":
+            for name in KERNELS:
+                importlib.import_module(f"smaug.kernels.{name}")
+        else:
+            warnings.warn(f"smaug.ops runs on PyTorch's own operations on this GPU: {_status}", stacklevel=2)
+    return _status
 
 
 def refuse(impl: str, op: str, x: Tensor) -> None:

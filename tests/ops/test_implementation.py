@@ -106,7 +106,8 @@ def test_every_op_has_a_flop_formula():
 
 
 def test_asking_for_the_kernels_does_not_break_a_graph():
-    """On a GPU impl="triton" asks, and what the answer imports cannot be traced."""
+    """On a GPU impl="triton" asks; what the first answer imports cannot be traced, and has been when ops is imported."""
+    load_kernels()
 
     def f(x):
         return x + 1 if load_kernels() == "ok" else x - 1
