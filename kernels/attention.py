@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smaug.kernels.launch import architecture, launch
+from smaug.kernels.launch import OPTIONS, architecture, configured, launch
 
 # By width, for (forward and scores, backward for queries, backward for keys): BLOCK_M queries, BLOCK_N keys, num_warps,
 # num_stages and, where the assembler would rather spill than run one program less, registers a thread. Chosen for
@@ -471,8 +471,8 @@ def _plain(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _configuration(which: int, q: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Constants and options of a kernel: 0 forward and scores, 1 backward for queries, 2 backward for keys."""
+def _configuration(which: int, q: Tensor, key_scores: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
+    """Constants and options of a kernel: 0 forward or scores, 1 backward for queries, 2 backward for keys."""
     e1, e2 = _widths(q.shape[2])
     width = min(w for w in _TABLE if w >= e1 + e2)
     device = architecture()
@@ -481,8 +481,14 @@ def _configuration(which: int, q: Tensor) -> tuple[dict[str, Any], dict[str, Any
     block_m, block_n, num_warps, num_stages, *registers = entry
     if q.dtype == torch.float32:  # twice the shared memory, no tensor cores
         block_m, block_n, num_warps, num_stages, registers = 32, 32, 8, 1, []
-    blocks = dict(E=q.shape[2], E1=e1, E2=e2, BLOCK_M=block_m, BLOCK_N=block_n)
-    return blocks, dict(num_warps=num_warps, num_stages=num_stages, **({"maxnreg": registers[0]} if registers else {}))
+    if key_scores == "cls":
+        block_m = 16  # one row of it counts
+    chosen = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)
+    chosen |= {"maxnreg": registers[0]} if registers else {}
+    kernel = (attention_forward, attention_backward_queries, attention_backward_keys)[which]
+    chosen = configured(attention_scores if key_scores else kernel, chosen, q.dtype, q.shape[2])
+    options = {name: chosen.pop(name) for name in OPTIONS if name in chosen}
+    return dict(E=q.shape[2], E1=e1, E2=e2, **chosen), options
 
 
 def _index(kv_ids: Tensor | None, sequences_k: int) -> tuple[Tensor | None, Tensor | None]:
@@ -534,8 +540,7 @@ def attention(
     scores = q.new_empty((t_k if key_scores else 0,), dtype=torch.float32)
     if key_scores:
         order, starts = _index(kv_ids, s_k)
-        if key_scores == "cls":
-            blocks["BLOCK_M"] = 16  # one row of it counts
+        blocks, options = _configuration(0, q, key_scores)
         launch(
             attention_scores,
             (t_k // blocks["BLOCK_N"] + s_k + 1,),
@@ -611,14 +616,14 @@ def attention_backward(
     dsegment = empty(s_q, segments) if of_segments else empty(0)
     dkey = empty(t_k) if of_keys else empty(0)
     if of_segments or of_keys:
+        sums = configured(attention_backward_biases, dict(BLOCK=32, num_warps=1), q.dtype, q.shape[2])
         launch(
             attention_backward_biases,
-            (s_q * of_segments + triton.cdiv(t_k, 32) * of_keys,),
+            (s_q * of_segments + triton.cdiv(t_k, sums["BLOCK"]) * of_keys,),
             *(segment_sums, key_sums, dsegment if of_segments else None, dkey if of_keys else None, cu_seqlens_q),
             *(h, h_kv, t_k, s_q, segments, cu_seqlens_q.stride(0)),
             BLOCK_M=block_m,
-            BLOCK=32,
-            num_warps=1,
+            **sums,
         )
     return dq, dk, dv, dsegment, dkey
 

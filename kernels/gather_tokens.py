@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smaug.kernels.launch import launch
+from smaug.kernels.launch import configured, launch
 
 ROWS = 16  # of a tile that moves; 16 rows of 128 to 256 columns are two to four 16-byte pieces a thread
 COLUMNS = 256  # at most; wider rows take several turns
@@ -204,9 +204,10 @@ def gather_tokens(x: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     if x.numel() == 0:
         return out.zero_()
     x, sequence_rows, step = even_rows(x)
+    blocks = configured(_gather, dict(ROWS=ROWS, COLUMNS=columns_of(d), num_warps=WARPS), x.dtype, d)
     launch(
         _gather,
-        (triton.cdiv(rows, ROWS),),
+        (triton.cdiv(rows, blocks["ROWS"]),),
         x,
         ids.contiguous(),
         cu_seqlens,
@@ -220,9 +221,7 @@ def gather_tokens(x: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         0 if cu_seqlens is None else cu_seqlens.stride(0),
         D=d,
         X_STRIDE=step,
-        ROWS=ROWS,
-        COLUMNS=columns_of(d),
-        num_warps=WARPS,
+        **blocks,
     )
     return out
 
@@ -235,7 +234,8 @@ def scatter_tokens(x: Tensor, ids: Tensor, length: int, fill: Tensor | None, cu_
     if out.numel() == 0:
         return out
     flat, _, step = even_rows(x.reshape(1, ids.numel(), d))
-    tiles = triton.cdiv(length, ROWS)
+    blocks = configured(_scatter, dict(ROWS=ROWS, COLUMNS=columns_of(d), IDS=IDS, num_warps=WARPS), x.dtype, d)
+    tiles = triton.cdiv(length, blocks["ROWS"])
     launch(
         _scatter,
         (sequences * tiles,),
@@ -250,10 +250,7 @@ def scatter_tokens(x: Tensor, ids: Tensor, length: int, fill: Tensor | None, cu_
         0 if cu_seqlens is None else cu_seqlens.stride(0),
         D=d,
         X_STRIDE=step,
-        ROWS=ROWS,
-        COLUMNS=columns_of(d),
-        IDS=IDS,
-        num_warps=WARPS,
+        **blocks,
     )
     return out
 
@@ -266,14 +263,15 @@ def scatter_fill_grad(grad: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> T
     if grad.numel() == 0:
         return out.zero_()
     grad, sequence_rows, step = even_rows(grad)
-    tiles = triton.cdiv(length, HOLES)
+    chosen = dict(HOLES=HOLES, COLUMNS=columns_of(d, 128), IDS=IDS, num_warps=WARPS)
+    blocks = configured(_fill_grad_of_a_split, chosen, grad.dtype, d)
+    tiles = triton.cdiv(length, blocks["HOLES"])
     share = triton.cdiv(sequences * tiles, SPLITS)
     splits = triton.cdiv(sequences * tiles, share)
     partial = torch.empty((splits, d), dtype=acc, device=grad.device)
-    columns = columns_of(d, 128)
     launch(
         _fill_grad_of_a_split,
-        (splits, triton.cdiv(d, columns)),
+        (splits, triton.cdiv(d, blocks["COLUMNS"])),
         grad,
         ids.contiguous(),
         cu_seqlens,
@@ -287,22 +285,18 @@ def scatter_fill_grad(grad: Tensor, ids: Tensor, cu_seqlens: Tensor | None) -> T
         0 if cu_seqlens is None else cu_seqlens.stride(0),
         D=d,
         GRAD_STRIDE=step,
-        HOLES=HOLES,
-        COLUMNS=columns,
-        IDS=IDS,
-        num_warps=WARPS,
+        **blocks,
     )
-    columns = columns_of(d, 16)
+    blocks = configured(_fill_grad_of_all, dict(COLUMNS=columns_of(d, 16), num_warps=WARPS), grad.dtype, d)
     launch(
         _fill_grad_of_all,
-        (triton.cdiv(d, columns),),
+        (triton.cdiv(d, blocks["COLUMNS"]),),
         partial,
         out,
         splits,
         D=d,
         SPLITS=SPLITS,
-        COLUMNS=columns,
-        num_warps=WARPS,
+        **blocks,
     )
     return out
 

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smaug.kernels.launch import architecture, launch
+from smaug.kernels.launch import architecture, configured, launch
 
 # Chosen offline, from registers, spills and shared memory (tests/kernels/test_compiled_pixels.py); not measured.
 # Products in 16 bits; sm_86, 89 have 99 KB of shared memory, where sm_80 has 163.
@@ -444,6 +444,7 @@ def patch_embed(
     if video.is_floating_point():
         # fp32 pixels and weights in three do not fit sm_86; left alone, the assembler takes 128 registers and spills
         blocks = {**blocks, "num_stages": 2, "maxnreg": 224}
+    blocks = configured(_embed, blocks, dtype, d)
     tiles = triton.cdiv(rows, blocks["BLOCK_M"]) + triton.cdiv(sequences + 1, blocks["BLOCK_M"])
     launch(
         _embed, (tiles * triton.cdiv(d, blocks["BLOCK_D"]),),
@@ -484,7 +485,7 @@ def patch_embed_backward(
     )
     dvideo = video.new_empty(video.shape if video_grad else (0,))
 
-    blocks = _blocks(_DWEIGHT, _DWEIGHT_FP32, grad.dtype)
+    blocks = configured(_dweight, _blocks(_DWEIGHT, _DWEIGHT_FP32, grad.dtype), grad.dtype, d)
     tiles = triton.cdiv(d, blocks["BLOCK_D"]) * triton.cdiv(p, blocks["BLOCK_P"])
     splits = max(1, min(_PROGRAMS // tiles, rows // _SPLIT_ROWS))
     # whole blocks, so that no split ends inside one; no fewer splits than there are parts to sum
@@ -499,19 +500,20 @@ def patch_embed_backward(
     )  # fmt: skip
 
     if not one or positions or prefixes:
-        sums = 0 if one else triton.cdiv(d * p, _TABLES["BLOCK"])
-        bias_sums = 0 if one else triton.cdiv(d, _TABLES["BLOCK"])
-        tables = (positions + prefixes) * triton.cdiv(d, _TABLES["BLOCK_D"])
+        blocks = configured(_tables, _TABLES, grad.dtype, d)
+        sums = 0 if one else triton.cdiv(d * p, blocks["BLOCK"])
+        bias_sums = 0 if one else triton.cdiv(d, blocks["BLOCK"])
+        tables = (positions + prefixes) * triton.cdiv(d, blocks["BLOCK_D"])
         launch(
             _tables, (sums + bias_sums + tables,),
             grad, ids_keep, partial, partial_bias, dweight, dbias, dposition, dprefix,
             splits=splits, blocks=sums, bias_blocks=bias_sums, clips=clips, positions=positions,
             repeats=cut["tubes"] if positions == patches else 1, sequences=sequences, patches=patches, d=d, p=p,
-            steps=steps, **cut, **_TABLES,
+            steps=steps, **cut, **blocks,
         )  # fmt: skip
 
     if video_grad:
-        blocks = _blocks(_DVIDEO, _DVIDEO_FP32, grad.dtype)
+        blocks = configured(_dvideo, _blocks(_DVIDEO, _DVIDEO_FP32, grad.dtype), grad.dtype, d)
         tiles = triton.cdiv(rows, blocks["BLOCK_M"]) + triton.cdiv(clips * cut["tubes"] * patches, blocks["BLOCK_M"])
         launch(
             _dvideo, (tiles * triton.cdiv(p, blocks["BLOCK_P"]),), grad, ids_keep, weight, dvideo,

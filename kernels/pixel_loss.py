@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smaug.kernels.launch import launch
+from smaug.kernels.launch import configured, launch
 from smaug.kernels.patch_embed import geometry, patch_start
 
 _PROGRAMS = 4096  # sums left to the second launch, at most
@@ -112,14 +112,17 @@ def pixel_loss(
     chunk = max(1, triton.cdiv(rows, _PROGRAMS))
     programs = triton.cdiv(rows, chunk)
     partial = pred.new_empty((programs,), dtype=torch.float32)
-    block = triton.next_power_of_2(patch[0] * patch[1] * patch[2])
+    block, width = triton.next_power_of_2(patch[0] * patch[1] * patch[2]), pred.shape[-1]
+    warps = configured(
+        _differences, dict(num_warps=min(16, max(1, 4 * block // (32 * _PER_THREAD)))), pred.dtype, width
+    )
     launch(
         _differences, (programs,), pred, video, ids_removed, difference, partial,
         rows=rows, chunk=chunk, removed=ids_removed.shape[1], **geometry(video, patch),
-        NORMALISE=normalise, WANTS_GRAD=wants_grad, BLOCK=block,
-        num_warps=min(16, max(1, 4 * block // (32 * _PER_THREAD))),
+        NORMALISE=normalise, WANTS_GRAD=wants_grad, BLOCK=block, **warps,
     )  # fmt: skip
-    launch(_mean, (1,), partial, loss, count=programs, numel=float(max(pred.numel(), 1)), **_SUM)
+    sum_ = configured(_mean, _SUM, pred.dtype, width)
+    launch(_mean, (1,), partial, loss, count=programs, numel=float(max(pred.numel(), 1)), **sum_)
     return loss, difference
 
 
@@ -127,10 +130,11 @@ def pixel_loss_backward(grad: Tensor, difference: Tensor) -> Tensor:
     _refuse_fp64(difference.dtype)
     out = difference.new_empty(difference.shape)
     count = difference.numel()
-    programs = triton.cdiv(count, _SCALE["BLOCK"])
     width = difference.shape[-1]
+    blocks = configured(_scale, _SCALE, difference.dtype, width)
+    programs = triton.cdiv(count, blocks["BLOCK"])
     rows = count // max(width, 1)
-    launch(_scale, (programs,), grad, difference, out, rows=rows, width=width, factor=2 / max(count, 1), **_SCALE)
+    launch(_scale, (programs,), grad, difference, out, rows=rows, width=width, factor=2 / max(count, 1), **blocks)
     return out
 
 

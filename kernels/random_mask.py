@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smaug.kernels.launch import launch
+from smaug.kernels.launch import configured, launch
 
 MOST_UNITS = 8192  # held by one program; at 16,384 even 32 warps have no registers left for the words and spill
 UNITS_A_WARP = 256  # 8 a thread: about 100 registers, so that several clips share a multiprocessor
@@ -102,6 +102,7 @@ def random_mask(
             f'({frames} frames of {patches} patches, kind={kind!r}); use impl="reference".'
         )
     block = max(triton.next_power_of_2(units), 32)
+    warps = dict(num_warps=min(max(block // UNITS_A_WARP, 1), MOST_WARPS))
     launch(
         _mask,
         (clips,),
@@ -120,7 +121,7 @@ def random_mask(
         stream,
         KIND=kind,
         BLOCK=block,
-        num_warps=min(max(block // UNITS_A_WARP, 1), MOST_WARPS),
+        **configured(_mask, warps, ids_keep.dtype, units),
     )
     return ids_keep, ids_removed
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smaug.kernels.launch import launch
+from smaug.kernels.launch import configured, launch
 
 ROWS = 16  # rows of a tile that moves
 COLUMN_BYTES = 512  # of a row in a column block, at most; with 16 rows the sums take 32 registers a thread, or 16
@@ -577,14 +577,14 @@ def select_tokens(
             scores.stride(0),
             prefix,
             round(mass * 2**62),
-            SCORES=SCORES,
-            num_warps=WARPS,
+            **configured(_mass, dict(SCORES=SCORES, num_warps=WARPS), values.dtype, d),
         )
     programs = max(min(groups, CUTTERS) if capacity else groups, 1)
-    columns = columns_of(values)
+    chosen = dict(ROWS=ROWS, COLUMNS=columns_of(values), SCORES=SCORES, GROUPS=GROUPS)
+    blocks = configured(_select, chosen | dict(num_warps=WARPS, maxnreg=REGISTERS), values.dtype, d)
     launch(
         _select,
-        (programs, max(triton.cdiv(d, columns), 1)),
+        (programs, max(triton.cdiv(d, blocks["COLUMNS"]), 1)),
         values,
         scores,
         ranked,
@@ -620,12 +620,7 @@ def select_tokens(
         FUSE=fuse if dropped_rows else "",
         UNIFORM=uniform,
         CAPACITY=capacity,
-        ROWS=ROWS,
-        COLUMNS=columns,
-        SCORES=SCORES,
-        GROUPS=GROUPS,
-        num_warps=WARPS,
-        maxnreg=REGISTERS,
+        **blocks,
     )
     return out, cu_out, ids_out, size_out, ids_kept, ids_dropped, overflow, target, weight, factor
 
@@ -651,10 +646,11 @@ def select_tokens_backward(
     step = d
     if values is not None:
         values, step = row_step(values)
-    columns = columns_of(grad)
+    chosen = dict(ROWS=ROWS, COLUMNS=columns_of(grad), SCORES=SCORES, num_warps=WARPS)
+    blocks = configured(_backward, chosen, grad.dtype, d)
     launch(
         _backward,
-        (max(groups, 1), max(triton.cdiv(d, columns), 1)),
+        (max(groups, 1), max(triton.cdiv(d, blocks["COLUMNS"]), 1)),
         grad,
         values,
         scores,
@@ -679,10 +675,7 @@ def select_tokens_backward(
         STRIDE=step,
         FUSE=fuse if dropped_rows else "",
         UNIFORM=uniform,
-        ROWS=ROWS,
-        COLUMNS=columns,
-        SCORES=SCORES,
-        num_warps=WARPS,
+        **blocks,
     )
     return dvalues, dscores
 

@@ -17,36 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.static import padded_attention
 from smaug import ops
-from smaug.kernels import attention, gather_tokens, launch, patch_embed, pixel_loss, random_mask, select_tokens
+from smaug.kernels import launch
 from smaug.kernels.launch import Launch
+from smaug.ops.warmup import OnKernels
 from smaug.tokens import PackedTokens
 
 ARCHITECTURES = (80, 86, 89, 90, 100)
 WIDTHS = (32, 64, 72, 80, 88, 96, 128, 256)  # of heads; the recipes have the first two
 BF16 = torch.bfloat16
-
-OPS = {
-    attention: ("attention", "attention_backward"),
-    gather_tokens: ("gather_tokens", "scatter_tokens", "scatter_fill_grad"),
-    patch_embed: ("patch_embed", "patch_embed_backward"),
-    pixel_loss: ("pixel_loss", "pixel_loss_backward"),
-    random_mask: ("random_mask",),
-    select_tokens: ("select_tokens", "select_tokens_backward"),
-}
-LAUNCHERS: dict[Any, Callable[..., Any]] = {
-    getattr(torch.ops.smaug, name).default: getattr(module, name) for module, names in OPS.items() for name in names
-}
-
-
-class OnKernels(TorchDispatchMode):
-    """Sends the ops of smaug to their launchers, whatever the device of the tensors."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return LAUNCHERS.get(func, func)(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from smaug.ops.random_mask import FLOPS as _mask_flops
 from smaug.ops.random_mask import keep_count, random_mask
 from smaug.ops.select_tokens import FLOPS as _select_flops
 from smaug.ops.select_tokens import select_tokens
+from smaug.ops.warmup import warmup
 
 _FLOPS: dict[Any, Any] = {
     **_mask_flops,
@@ -59,4 +60,5 @@ __all__ = [
     "register_flops",
     "scatter_tokens",
     "select_tokens",
+    "warmup",
 ]
