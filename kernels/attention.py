@@ -18,6 +18,10 @@ Cost. 4 * H * E * sum(len_q * len_k) FLOPs forward, 14 backward (two products ar
 Bytes: q, o once; k, v once for each query tile of their sequences, mostly from the L2 cache. Workspace backward: delta,
 4 * H * T_q bytes, and where biases have gradients 4 * (H * M * query tiles + H_kv * T_k).
 
+Copies. The side that a program walks (k, v; or q, g) comes through tensor descriptors where the architecture has them
+and through pointers below and for fp32: `_streamed` decides, `_load` is the source of both. The tile that stays comes
+through pointers everywhere: a descriptor for it would cost registers (64 wide, sm_90: 82 to 98 in the forward pass).
+
 16-bit inputs go to tensor cores and are summed in fp32; fp32 inputs are multiplied in fp32 ("ieee"). Exponents are
 base 2, as the hardware's are, with the factor folded into scale and biases.
 """
@@ -31,13 +35,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 
 from smaug.kernels.launch import OPTIONS, architecture, configured, launch
 
 # By width, for (forward and scores, backward for queries, backward for keys): BLOCK_M queries, BLOCK_N keys, num_warps,
 # num_stages and, where the assembler would rather spill than run one program less, registers a thread. Chosen for
 # sequences of 16 to 400 tokens by compiling, not by timing: 3 stages so that copies overlap, no spills, and at most
-# 101,376 bytes of shared memory, which every device from sm_80 on has. tests/kernels/test_compiled_attention.py checks.
+# 101,376 bytes of shared memory, which every device from sm_80 on has; sm_100 has twice that, and its 256 wide takes
+# some. Through descriptors (sm_90, sm_100) tiles may be wider: those that issue the fewest instructions for a logit of
+# those that do not spill. tests/kernels/test_compiled_attention.py checks.
 _TABLE: dict[int, tuple[tuple[int, ...], ...]] = {
     32: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3, 168)),
     64: ((64, 32, 4, 3), (64, 32, 4, 3), (32, 64, 4, 3)),
@@ -55,11 +62,15 @@ _EXCEPTIONS: dict[tuple[int, int, int], tuple[int, ...]] = {  # (device, width, 
     (86, 96, 1): (32, 32, 4, 3),
     (86, 96, 2): (16, 16, 4, 3),
     (86, 128, 2): (32, 32, 8, 3),
+    (90, 96, 2): (32, 64, 4, 3),
+    (90, 128, 0): (64, 32, 4, 3, 168),
+    (90, 128, 2): (16, 64, 4, 3),
     (100, 32, 0): (64, 32, 4, 3, 168),
     (100, 64, 0): (64, 32, 4, 3, 168),
-    (100, 80, 2): (16, 32, 4, 3),
-    (100, 96, 2): (16, 32, 4, 3),
-    (100, 256, 0): (32, 32, 8, 2),
+    (100, 80, 0): (64, 32, 4, 3, 168),
+    (100, 80, 2): (32, 64, 4, 2),
+    (100, 96, 2): (16, 64, 4, 2),
+    (100, 128, 2): (32, 32, 4, 3, 224),
 }
 _SCAN_LIMIT = 16384  # entries of kv_ids that every key tile reads; beyond it an index is sorted once
 _LOG2E = 1.4426950408889634
@@ -177,14 +188,21 @@ def _user(order, segment_bias, cu_q, stride_cu_q, use, segments, SHARED: tl.cons
 
 
 @triton.jit
-def _load(x, first, stride, head, count, ROWS: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr):
-    """Columns FROM .. FROM + WIDTH of one head of ROWS rows; 0 beyond count and beyond E."""
-    rows, columns = tl.arange(0, ROWS), FROM + tl.arange(0, WIDTH)
-    mask = (rows < count)[:, None]
-    if FROM + WIDTH > E:
-        mask = mask & (columns < E)[None, :]
-    at = x + tl.cast(first, tl.int64) * stride * 8 + head * E  # 64 bits: rows * stride may pass 2^31
-    return tl.load(at + rows[:, None] * (stride * 8) + columns[None, :], mask=mask, other=0.0)
+def _load(
+    x, rest, first, stride, head, count,
+    ROWS: tl.constexpr, FROM: tl.constexpr, WIDTH: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """Columns FROM .. FROM + WIDTH of one head of ROWS rows; 0 beyond count and beyond E. x, rest: see `_streamed`."""
+    if isinstance(x, tl.tensor_descriptor):
+        tile = load_ragged(rest if FROM else x, first, count, [head, 0, FROM], ragged_dim=1).reshape(ROWS, WIDTH)
+    else:
+        rows, columns = tl.arange(0, ROWS), FROM + tl.arange(0, WIDTH)
+        mask = (rows < count)[:, None]
+        if FROM + WIDTH > E:
+            mask = mask & (columns < E)[None, :]
+        at = x + tl.cast(first, tl.int64) * stride * 8 + head * E  # 64 bits: rows * stride may pass 2^31
+        tile = tl.load(at + rows[:, None] * (stride * 8) + columns[None, :], mask=mask, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -205,7 +223,7 @@ def _dot(a, b, acc=None):
 
 @triton.jit(do_not_specialize=_VARYING)
 def attention_forward(
-    q, k, v, o, lse, cu_q, cu_k, kv_ids, segment_bias, key_bias,
+    q, k, k_rest, v, v_rest, o, lse, cu_q, cu_k, kv_ids, segment_bias, key_bias,
     scale, rows_q, sequences_q, segments,
     stride_q, stride_k, stride_v, stride_cu_q, stride_cu_k,
     E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, GROUP: tl.constexpr,
@@ -216,20 +234,20 @@ def attention_forward(
     if count <= 0:
         return
     exists = s < sequences_q
-    q1 = _load(q, first, stride_q, h, count, BLOCK_M, 0, E1, E)
+    q1 = _load(q, None, first, stride_q, h, count, BLOCK_M, 0, E1, E)
     acc1 = tl.zeros((BLOCK_M, E1), tl.float32)
     if E2:
-        q2 = _load(q, first, stride_q, h, count, BLOCK_M, E1, E2, E)
+        q2 = _load(q, None, first, stride_q, h, count, BLOCK_M, E1, E2, E)
         acc2 = tl.zeros((BLOCK_M, E2), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for m in range(segments if kv_ids is not None else 1):
         start, end, bias = _segment(kv_ids, segment_bias, cu_k, stride_cu_k, s, m, segments, exists)
         for n in range(start, end, BLOCK_N):
-            k1 = _load(k, n, stride_k, h // GROUP, end - n, BLOCK_N, 0, E1, E)
+            k1 = _load(k, k_rest, n, stride_k, h // GROUP, end - n, BLOCK_N, 0, E1, E)
             logits = _dot(q1, k1.T)
             if E2:
-                k2 = _load(k, n, stride_k, h // GROUP, end - n, BLOCK_N, E1, E2, E)
+                k2 = _load(k, k_rest, n, stride_k, h // GROUP, end - n, BLOCK_N, E1, E2, E)
                 logits = _dot(q2, k2.T, logits)
             logits = logits * (scale * LOG2E) + (_key_bias(key_bias, n, end - n, BLOCK_N) + bias)[None, :]
             higher = tl.maximum(top, tl.max(logits, 1))
@@ -238,10 +256,10 @@ def attention_forward(
             shrink = tl.exp2(top - safe)
             total = total * shrink + tl.sum(p, 1)
             top = higher
-            v1 = _load(v, n, stride_v, h // GROUP, end - n, BLOCK_N, 0, E1, E)
+            v1 = _load(v, v_rest, n, stride_v, h // GROUP, end - n, BLOCK_N, 0, E1, E)
             acc1 = _dot(p.to(v1.dtype), v1, acc1 * shrink[:, None])
             if E2:
-                v2 = _load(v, n, stride_v, h // GROUP, end - n, BLOCK_N, E1, E2, E)
+                v2 = _load(v, v_rest, n, stride_v, h // GROUP, end - n, BLOCK_N, E1, E2, E)
                 acc2 = _dot(p.to(v2.dtype), v2, acc2 * shrink[:, None])
     seen, total = total > 0, tl.where(total > 0, total, 1.0)
     share = tl.where(seen, 1 / total, 0.0)
@@ -256,7 +274,7 @@ def attention_forward(
 
 @triton.jit(do_not_specialize=_VARYING)
 def attention_scores(
-    q, k, lse, scores, cu_q, cu_k, kv_ids, order, starts, segment_bias, key_bias,
+    q, q_rest, k, lse, scores, cu_q, cu_k, kv_ids, order, starts, segment_bias, key_bias,
     scale, heads, rows_q, rows_k, sequences_q, sequences_k, segments,
     stride_q, stride_k, stride_cu_q, stride_cu_k,
     E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, GROUP: tl.constexpr,
@@ -275,14 +293,14 @@ def attention_scores(
             end = tl.minimum(end, start + 1)
         mean = tl.zeros((BLOCK_N,), tl.float32)
         for h in range(heads):
-            k1 = _load(k, first, stride_k, h // GROUP, count, BLOCK_N, 0, E1, E)
+            k1 = _load(k, None, first, stride_k, h // GROUP, count, BLOCK_N, 0, E1, E)
             if E2:
-                k2 = _load(k, first, stride_k, h // GROUP, count, BLOCK_N, E1, E2, E)
+                k2 = _load(k, None, first, stride_k, h // GROUP, count, BLOCK_N, E1, E2, E)
             for m in range(start, end, BLOCK_M):
-                q1 = _load(q, m, stride_q, h, end - m, BLOCK_M, 0, E1, E)
+                q1 = _load(q, q_rest, m, stride_q, h, end - m, BLOCK_M, 0, E1, E)
                 logits = _dot(k1, q1.T)
                 if E2:
-                    q2 = _load(q, m, stride_q, h, end - m, BLOCK_M, E1, E2, E)
+                    q2 = _load(q, q_rest, m, stride_q, h, end - m, BLOCK_M, E1, E2, E)
                     logits = _dot(k2, q2.T, logits)
                 base = _base(lse, h, rows_q, m, end - m, BLOCK_M)
                 p = tl.exp2(logits * (scale * LOG2E) + (key + bias)[:, None] - base[None, :])
@@ -296,7 +314,8 @@ def attention_scores(
 
 @triton.jit(do_not_specialize=_VARYING)
 def attention_backward_queries(
-    grad, grad_lse, q, k, v, o, lse, delta, dq, segment_sums, cu_q, cu_k, kv_ids, segment_bias, key_bias,
+    grad, grad_lse, q, k, k_rest, v, v_rest, o, lse, delta, dq, segment_sums,
+    cu_q, cu_k, kv_ids, segment_bias, key_bias,
     scale, rows_q, sequences_q, segments,
     stride_g, stride_q, stride_k, stride_v, stride_cu_q, stride_cu_k,
     E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, GROUP: tl.constexpr,
@@ -309,15 +328,15 @@ def attention_backward_queries(
     exists = s < sequences_q
     there = exists & (tl.arange(0, BLOCK_M) < count)  # nothing of the tail is read
     live = tl.where(exists, count, 0)
-    q1 = _load(q, first, stride_q, h, live, BLOCK_M, 0, E1, E)
-    g1 = _load(grad, first, stride_g, h, live, BLOCK_M, 0, E1, E)
-    o1 = _load(o, first, heads * (E // 8), h, live, BLOCK_M, 0, E1, E)
+    q1 = _load(q, None, first, stride_q, h, live, BLOCK_M, 0, E1, E)
+    g1 = _load(grad, None, first, stride_g, h, live, BLOCK_M, 0, E1, E)
+    o1 = _load(o, None, first, heads * (E // 8), h, live, BLOCK_M, 0, E1, E)
     d = tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
     acc1 = tl.zeros((BLOCK_M, E1), tl.float32)
     if E2:
-        q2 = _load(q, first, stride_q, h, live, BLOCK_M, E1, E2, E)
-        g2 = _load(grad, first, stride_g, h, live, BLOCK_M, E1, E2, E)
-        o2 = _load(o, first, heads * (E // 8), h, live, BLOCK_M, E1, E2, E)
+        q2 = _load(q, None, first, stride_q, h, live, BLOCK_M, E1, E2, E)
+        g2 = _load(grad, None, first, stride_g, h, live, BLOCK_M, E1, E2, E)
+        o2 = _load(o, None, first, heads * (E // 8), h, live, BLOCK_M, E1, E2, E)
         d += tl.sum(g2.to(tl.float32) * o2.to(tl.float32), 1)
         acc2 = tl.zeros((BLOCK_M, E2), tl.float32)
     at = tl.cast(h, tl.int64) * rows_q + first + tl.arange(0, BLOCK_M)
@@ -330,13 +349,13 @@ def attention_backward_queries(
         start, end, bias = _segment(kv_ids, segment_bias, cu_k, stride_cu_k, s, m, segments, exists)
         sums = tl.zeros((BLOCK_M,), tl.float32)
         for n in range(start, end, BLOCK_N):
-            k1 = _load(k, n, stride_k, h // GROUP, end - n, BLOCK_N, 0, E1, E)
-            v1 = _load(v, n, stride_v, h // GROUP, end - n, BLOCK_N, 0, E1, E)
+            k1 = _load(k, k_rest, n, stride_k, h // GROUP, end - n, BLOCK_N, 0, E1, E)
+            v1 = _load(v, v_rest, n, stride_v, h // GROUP, end - n, BLOCK_N, 0, E1, E)
             logits = _dot(q1, k1.T)
             dp = _dot(g1, v1.T)
             if E2:
-                k2 = _load(k, n, stride_k, h // GROUP, end - n, BLOCK_N, E1, E2, E)
-                v2 = _load(v, n, stride_v, h // GROUP, end - n, BLOCK_N, E1, E2, E)
+                k2 = _load(k, k_rest, n, stride_k, h // GROUP, end - n, BLOCK_N, E1, E2, E)
+                v2 = _load(v, v_rest, n, stride_v, h // GROUP, end - n, BLOCK_N, E1, E2, E)
                 logits = _dot(q2, k2.T, logits)
                 dp = _dot(g2, v2.T, dp)
             key = _key_bias(key_bias, n, end - n, BLOCK_N) + bias
@@ -356,7 +375,8 @@ def attention_backward_queries(
 
 @triton.jit(do_not_specialize=_VARYING)
 def attention_backward_keys(
-    grad, q, k, v, lse, delta, dk, dv, key_sums, cu_q, cu_k, kv_ids, order, starts, segment_bias, key_bias,
+    grad, grad_rest, q, q_rest, k, v, lse, delta, dk, dv, key_sums,
+    cu_q, cu_k, kv_ids, order, starts, segment_bias, key_bias,
     scale, rows_q, rows_k, sequences_q, sequences_k, segments,
     stride_g, stride_q, stride_k, stride_v, stride_cu_q, stride_cu_k,
     E: tl.constexpr, E1: tl.constexpr, E2: tl.constexpr, GROUP: tl.constexpr,
@@ -367,12 +387,12 @@ def attention_backward_keys(
     if count <= 0:
         return
     live = tl.where(j < sequences_k, count, 0)
-    k1 = _load(k, first, stride_k, head, live, BLOCK_N, 0, E1, E)
-    v1 = _load(v, first, stride_v, head, live, BLOCK_N, 0, E1, E)
+    k1 = _load(k, None, first, stride_k, head, live, BLOCK_N, 0, E1, E)
+    v1 = _load(v, None, first, stride_v, head, live, BLOCK_N, 0, E1, E)
     dk1, dv1 = tl.zeros((BLOCK_N, E1), tl.float32), tl.zeros((BLOCK_N, E1), tl.float32)
     if E2:
-        k2 = _load(k, first, stride_k, head, live, BLOCK_N, E1, E2, E)
-        v2 = _load(v, first, stride_v, head, live, BLOCK_N, E1, E2, E)
+        k2 = _load(k, None, first, stride_k, head, live, BLOCK_N, E1, E2, E)
+        v2 = _load(v, None, first, stride_v, head, live, BLOCK_N, E1, E2, E)
         dk2, dv2 = tl.zeros((BLOCK_N, E2), tl.float32), tl.zeros((BLOCK_N, E2), tl.float32)
     sums = tl.zeros((BLOCK_N,), tl.float32)
     key = _key_bias(key_bias, first, live, BLOCK_N)
@@ -382,13 +402,13 @@ def attention_backward_keys(
         for g in range(GROUP):
             h = head * GROUP + g
             for m in range(start, end, BLOCK_M):
-                q1 = _load(q, m, stride_q, h, end - m, BLOCK_M, 0, E1, E)
-                g1 = _load(grad, m, stride_g, h, end - m, BLOCK_M, 0, E1, E)
+                q1 = _load(q, q_rest, m, stride_q, h, end - m, BLOCK_M, 0, E1, E)
+                g1 = _load(grad, grad_rest, m, stride_g, h, end - m, BLOCK_M, 0, E1, E)
                 logits = _dot(k1, q1.T)
                 dp = _dot(v1, g1.T)
                 if E2:
-                    q2 = _load(q, m, stride_q, h, end - m, BLOCK_M, E1, E2, E)
-                    g2 = _load(grad, m, stride_g, h, end - m, BLOCK_M, E1, E2, E)
+                    q2 = _load(q, q_rest, m, stride_q, h, end - m, BLOCK_M, E1, E2, E)
+                    g2 = _load(grad, grad_rest, m, stride_g, h, end - m, BLOCK_M, E1, E2, E)
                     logits = _dot(k2, q2.T, logits)
                     dp = _dot(v2, g2.T, dp)
                 base = _base(lse, h, rows_q, m, end - m, BLOCK_M)
@@ -464,7 +484,25 @@ def _widths(e: int) -> tuple[int, int]:
 def _rows(x: Tensor) -> Tensor:
     """x (T, H, E) itself if it suits `_load`, as views of one projection do: rows in one piece and aligned."""
     fits = x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.stride(0) % 8 == 0 and x.stride(0) < 1 << 24
-    return x if fits else x.contiguous()
+    return x if fits and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _streamed(x: Tensor, rows: str, blocks: dict[str, Any]) -> tuple[Any, Any]:
+    """Where `_load` takes tiles of x (T, H, E) from, blocks[rows] high: x and None, or descriptors of its two parts.
+
+    Descriptors, which copy a tile by one instruction of one thread, where the device has them and for 16 bits; pointers
+    for fp32 and for sm_120, which has sm_86's configurations. They are of the whole x and made here, in some 4 us of
+    Python each; `load_ragged` tells each load where its sequence ends, beyond which the hardware puts zeros. Made
+    in the kernel they would take some 100 instructions, a fence and 128 bytes of workspace for every sequence.
+    """
+    if x.dtype == torch.float32 or not 90 <= architecture() < 120:
+        return x, None
+    x = x if x.shape[0] else x.new_empty((1, *x.shape[1:]))  # a descriptor of nothing would have no address
+    parts = [
+        create_ragged_descriptor(x.transpose(0, 1), (1, blocks[rows], width), ragged_dim=1) if width else None
+        for width in (blocks["E1"], blocks["E2"])
+    ]
+    return parts[0], parts[1]
 
 
 def _plain(x: Tensor | None) -> Tensor | None:
@@ -531,7 +569,8 @@ def attention(
     launch(
         attention_forward,
         (t_q // blocks["BLOCK_M"] + s_q + 1, h),
-        *(q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, kv_ids, segment_bias, key_bias),
+        *(q, *_streamed(k, "BLOCK_N", blocks), *_streamed(v, "BLOCK_N", blocks), o, lse),
+        *(cu_seqlens_q, cu_seqlens_k, kv_ids, segment_bias, key_bias),
         *(scale, t_q, s_q, segments, *strides, *stride_cu),
         GROUP=h // h_kv,
         **blocks,
@@ -544,7 +583,8 @@ def attention(
         launch(
             attention_scores,
             (t_k // blocks["BLOCK_N"] + s_k + 1,),
-            *(q, k, lse, scores, cu_seqlens_q, cu_seqlens_k, kv_ids, order, starts, segment_bias, key_bias),
+            *(*_streamed(q, "BLOCK_M", blocks), k, lse, scores),
+            *(cu_seqlens_q, cu_seqlens_k, kv_ids, order, starts, segment_bias, key_bias),
             *(scale, h, t_q, t_k, s_q, s_k, segments, *strides[:2], *stride_cu),
             GROUP=h // h_kv,
             FIRST_ONLY=key_scores == "cls",
@@ -593,7 +633,8 @@ def attention_backward(
     launch(
         attention_backward_queries,
         (tiles, h),
-        *(grad, grad_lse, q, k, v, o, lse, delta, dq, segment_sums),
+        *(grad, grad_lse, q, *_streamed(k, "BLOCK_N", blocks), *_streamed(v, "BLOCK_N", blocks)),
+        *(o, lse, delta, dq, segment_sums),
         *(cu_seqlens_q, cu_seqlens_k, kv_ids, segment_bias, key_bias),
         *(scale, t_q, s_q, segments, *strides, *stride_cu),
         GROUP=h // h_kv,
@@ -606,7 +647,7 @@ def attention_backward(
     launch(
         attention_backward_keys,
         (t_k // blocks["BLOCK_N"] + s_k + 1, h_kv),
-        *(grad, q, k, v, lse, delta, dk, dv, key_sums),
+        *(*_streamed(grad, "BLOCK_M", blocks), *_streamed(q, "BLOCK_M", blocks), k, v, lse, delta, dk, dv, key_sums),
         *(cu_seqlens_q, cu_seqlens_k, kv_ids, order, starts, segment_bias, key_bias),
         *(scale, t_q, t_k, s_q, s_k, segments, *strides, *stride_cu),
         GROUP=h // h_kv,

@@ -2,7 +2,8 @@
 
 FlashAttention-2, Dao 2023, algorithms 1 and 2, written from the paper. q, k, v (B, H, N, E), all sequences padded to N;
 `lengths` (B,) hides the padding of the keys. dq apart from dk and dv, as ours: the paper adds dq up with atomics. No
-ids, no biases, no scores, and its tiles are ours, so that what differs is the packing alone.
+ids, no biases, no scores, and its tiles are ours, so that what differs is the packing, and on sm_90 and sm_100 that
+ours come through tensor descriptors.
 
     P = softmax(scale q k^T);  o = P v;  delta = rowsum(g * o);  dS = P * (g v^T - delta)
     dq = scale dS k;  dk = scale dS^T q;  dv = P^T g

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from smaug import ops  # noqa: F401  registers the ops that the launchers must agree with
 from smaug.kernels import attention as kernels
@@ -62,15 +63,16 @@ def test_launches_shapes_and_no_host_read(e, full):
 
 def test_many_entries_are_indexed_without_a_host_read():
     launches, _, _ = _record(80, _inputs(16, True, sequences=200, segments=100))
-    order, starts = launches[2].args[12:14]
+    order, starts = launches[2].args[14:16]
     assert order.shape == (20_000,) and starts.shape == (201,)
 
 
-def test_lengths_do_not_recompile():
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_lengths_do_not_recompile(architecture):
     built = []
     for rows, sequences, segments in ((640, 5, 3), (1000, 16, 2), (77, 7, 1)):
-        launches, _, _ = _record(80, _inputs(16, True, rows, sequences, segments), "mean")
-        built.append([launch.compile_for(found, 80) for found in launches])
+        launches, _, _ = _record(architecture, _inputs(16, True, rows, sequences, segments), "mean")
+        built.append([launch.compile_for(found, architecture) for found in launches])
     assert len(built[0]) == 5 and all(a is b is c for a, b, c in zip(*built, strict=True))
 
 
@@ -85,8 +87,25 @@ def judge(found, architecture):
         "shared": built.metadata.shared,
         "tensor core": count(TENSOR_CORE[architecture]),
         "async copy": count("LDGSTS|UTMALDG"),
+        "through descriptors": count("UTMALDG"),
         "atomic": len(cubin.atomics(built)),
     }
+
+
+def test_what_comes_through_descriptors():
+    """The streamed side of 16-bit products on sm_90 to sm_110, in one or two parts, and never without an address."""
+    for architecture, dtype, e, parts in (
+        (89, torch.bfloat16, 64, 0),
+        (120, torch.bfloat16, 64, 0),
+        (90, torch.float32, 64, 0),
+        (90, torch.bfloat16, 64, 2),
+        (110, torch.float16, 72, 4),
+    ):
+        for rows in (640, 0):
+            launches, _, _ = _record(architecture, _inputs(e, False, rows, dtype=dtype))
+            for found in launches:
+                made = [x for x in found.args if isinstance(x, TensorDescriptor)]
+                assert len(made) == parts and all(x.base.numel() for x in made), (found.name, architecture, dtype, e)
 
 
 @pytest.mark.parametrize(("architecture", "e"), [(80, 64), (90, 80)])  # the others are in benchmarks/results/static.csv
@@ -101,6 +120,7 @@ def test_no_spills_no_atomics_tensor_cores_and_asynchronous_copies(architecture,
             good = facts["stack"] == 0 and facts["atomic"] == 0 and facts["shared"] <= cubin.BLOCK_BYTES[architecture]
             if found.name in MAIN:
                 good = good and facts["tensor core"] > 0 and facts["async copy"] > 0
+                good = good and (facts["through descriptors"] > 0) == (architecture == 90)
             if not good:
                 wrong.append((kind, found.name, facts))
     assert not wrong

@@ -109,6 +109,23 @@ def test_attention_at_other_widths(width):
         assert relative_error(got[finite], exact[finite]) < 2e-2
 
 
+@pytest.mark.parametrize("width", [64, 72])
+def test_attention_reads_nothing_beyond_a_sequence(width):
+    """A sequence of NaN spoils no other. On sm_90 and sm_100 the hardware sees to it, by a bound that rests on 64-bit
+    addresses that wrap (triton.tools.ragged_tma), which no compiler and no interpreter can show."""
+    spoiled = torch.arange(sum(LENGTHS)).cuda()
+    spoiled = ((spoiled >= 34) & (spoiled < 98)) | (spoiled >= 315)  # the sequences of 64 and, the last, of 3 rows
+
+    def run(fill):
+        inputs = [rows(sum(LENGTHS), 4, width, seed=i).detach() for i in range(3)]
+        inputs = [x.masked_fill(spoiled[:, None, None], fill).requires_grad_() for x in inputs]
+        o = ops.attention(*inputs, offsets(LENGTHS, "cuda"), impl="triton")
+        return [x[~spoiled] for x in (o.detach(), *torch.autograd.grad(o, inputs, rows(*o.shape, seed=3).detach()))]
+
+    for clean, beside in zip(run(0.0), run(torch.nan), strict=True):
+        assert clean.isfinite().all() and torch.equal(clean, beside)
+
+
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
 def test_repeats_are_equal_to_the_bit_and_read_nothing_on_the_host(call):
     first = call("triton", torch.bfloat16)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from smaug import ops
 from smaug.kernels import attention as kernels
+from smaug.kernels import launch
 from smaug.testing import offsets, packed, relative_error, surrounded
 
 # lengths_q, lengths_k or None, E, the rest. Tiles are 32 or 64 rows, so 70 is more than one.
@@ -73,9 +75,26 @@ def _cpu(*args):
     return _run(torch.ops.smaug.attention, torch.ops.smaug.attention_backward, *args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.fixture(params=[80, 90], ids=["pointers", "descriptors"])
+def copies(request, monkeypatch):
+    """Tiles come as they do on sm_80 or, for 16 bits, as on sm_90."""
+    monkeypatch.setattr(launch, "_architecture", request.param)
+    blocks = dict(E1=16, E2=0, BLOCK_M=16)
+    tiles, _ = kernels._streamed(torch.zeros(1, 1, 16, dtype=torch.float16), "BLOCK_M", blocks)
+    assert isinstance(tiles, TensorDescriptor) == (request.param == 90)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "copies"),
+    [
+        pytest.param(torch.float32, 80, id="fp32"),
+        pytest.param(torch.float16, 80, id="fp16"),
+        pytest.param(torch.float16, 90, id="fp16 through descriptors"),
+    ],
+    indirect=["copies"],
+)
 @pytest.mark.parametrize("case", CASES)
-def test_matches_the_formula(case, dtype):
+def test_matches_the_formula(case, dtype, copies):
     """Forward, backward and scores: fp32 to rounding, fp16 at most twice the error of the CPU path in fp16."""
     inputs, grad, grad_lse, scale = _make(case, dtype)
     scores = "cls" if CASES[case][2] == 24 else "mean"
@@ -103,7 +122,7 @@ def test_matches_the_formula(case, dtype):
 
 
 @pytest.mark.parametrize("case", ["self", "a segment twice"])
-def test_tail_is_zero_and_programs_do_not_depend_on_each_other(case, in_every_order):
+def test_tail_is_zero_and_programs_do_not_depend_on_each_other(case, copies, in_every_order):
     inputs, *rest = _make(case, torch.float16)
     o, lse, scores, dq, dk, dv, _, dkey = in_every_order(lambda: _launchers(inputs, *rest, "mean"))
     rows_q, rows_k = int(inputs[3][-1]), int(inputs[4][-1])
@@ -161,10 +180,27 @@ def test_biases_that_hide_keys():
         torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["one key head, biases", "segments"])
+def test_descriptors_give_the_bits_of_pointers(case, monkeypatch):
+    """Views of one projection, some of which begin between 16-byte borders: the same tiles, the same bits."""
+    inputs, grad, _, scale = _make(case, torch.float16)
+    for shift in (0, 1):
+        for place, x in enumerate(inputs[:3]):
+            t, h, e = x.shape
+            side = torch.full((t * (h + 1) * e + shift,), torch.nan, dtype=x.dtype)[shift:].view(t, h + 1, e)
+            inputs[place] = side[:, 1:].copy_(x)
+        monkeypatch.setattr(launch, "_architecture", 90)
+        got = _launchers(inputs, grad, None, scale, "mean")
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "_streamed", lambda x, *_: (x, None))
+            want = _launchers(inputs, grad, None, scale, "mean")
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 @pytest.mark.parametrize(("lengths_q", "lengths_k"), [([3], [0]), ([0, 0], [2, 3]), ([], []), ([0], [0])])
-def test_nothing_at_all(lengths_q, lengths_k):
-    q, cu_q = packed(lengths_q, 2, 16, tail=1)
-    k, cu_k = packed(lengths_k, 2, 16, tail=0 if lengths_q == [3] else 2)
+def test_nothing_at_all(lengths_q, lengths_k, copies):
+    q, cu_q = packed(lengths_q, 2, 16, tail=1, dtype=torch.float16)
+    k, cu_k = packed(lengths_k, 2, 16, tail=0 if lengths_q == [3] else 2, dtype=torch.float16)
     inputs = [q, k, k, cu_q, cu_k, None, None, None]
     for a, b in zip(_launchers(inputs, q, None, 1.0, "mean"), _cpu(inputs, q, None, 1.0, "mean"), strict=True):
         assert a.shape == b.shape and torch.equal(a, b)
