@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import warnings
 
@@ -18,23 +17,22 @@ from torch.library import CustomOpDef
 KERNELS = ("attention", "gather_tokens", "patch_embed", "pixel_loss", "random_mask", "select_tokens")
 
 
-@functools.cache
-def _load() -> str:
-    from smaug.kernels import triton_status
-
-    status = triton_status()
-    if status == "ok":
-        for name in KERNELS:
-            importlib.import_module(f"smaug.kernels.{name}")
-    else:
-        warnings.warn(f"smaug.ops runs on PyTorch's own operations on this GPU: {status}", stacklevel=3)
-    return status
+_status = ""
 
 
-@torch.compiler.assume_constant_result  # torch.compile looks through a cache, and would trace the imports
 def load_kernels() -> str:
     """Registers the Triton kernels for CUDA tensors -> "ok", or one sentence that says why they cannot run here."""
-    return _load()
+    global _status  # not functools.cache: torch.compile looks through it, and cannot trace the imports
+    if not _status:
+        from smaug.kernels import triton_status
+
+        _status = triton_status()
+        if _status == "ok":
+            for name in KERNELS:
+                importlib.import_module(f"smaug.kernels.{name}")
+        else:
+            warnings.warn(f"smaug.ops runs on PyTorch's own operations on this GPU: {_status}", stacklevel=2)
+    return _status
 
 
 def refuse(impl: str, op: str, x: Tensor) -> None:

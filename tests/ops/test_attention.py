@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from smaug import ops
@@ -245,39 +244,3 @@ def test_meta_at_base_size_and_flops():
     with FlopCounterMode(display=False) as ragged:
         ops.attention(*leaves[:3], *cu, kv_ids=kv)
     assert ragged.get_total_flops() == 4 * H * E * (3 * 8 + 2 * 10 + 5 * 10)
-
-
-@pytest.mark.parametrize("case", ["self", "cross", "segments"])
-def test_registration(case):
-    lengths_q, lengths_k, kw = CASES[case]
-    leaves, (cu_q, cu_k), ids = _make(lengths_q, lengths_k, torch.float32, tail=0, **kw)
-    q, k, v, segment, key = (None if x is None else x.requires_grad_() for x in leaves)
-    cu_k = cu_q if cu_k is None else cu_k
-    scores = "cls" if case == "segments" else ""
-    args = (q, k, v, cu_q, cu_k, ids, segment, key, 0.25, scores, [], [])
-    torch.library.opcheck(torch.ops.smaug.attention, args, rtol=1e-3, atol=1e-3)
-    with torch.no_grad():
-        o, lse, _ = torch.ops.smaug.attention(*args)
-    plain = [None if x is None else x.detach() for x in (q, k, v)]
-    bias = [None if x is None else x.detach() for x in (segment, key)]
-    args = (o, None, *plain, o, lse, cu_q, cu_k, ids, *bias, 0.25, segment is not None, [], [])
-    torch.library.opcheck(torch.ops.smaug.attention_backward, args, rtol=1e-3, atol=1e-3)
-
-
-def test_compiles_without_recompiling():
-    def f(q, k, v, cu, bias):
-        o, lse, scores = ops.attention(q, k, v, cu, key_bias=bias, return_lse=True, key_scores="cls")
-        return o * 2, lse, scores
-
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=counter)
-    for lengths in ([3, 4], [5, 2, 6], [9, 1, 2, 2]):
-        leaves, cu, _ = _make(lengths, None, torch.float32, key_bias=True, tail=0)
-        args = [x.requires_grad_() for x in leaves[:3]] + [cu[0], leaves[4].requires_grad_()]
-        got, want = compiled(*args), f(*args)
-        torch.testing.assert_close(got, want)
-        grads = [torch.autograd.grad(x[0].square().sum() + x[1].sum(), args[:3] + args[4:]) for x in (got, want)]
-        torch.testing.assert_close(*grads)
-        if len(lengths) == 2:
-            first = counter.frame_count
-    assert counter.frame_count == first

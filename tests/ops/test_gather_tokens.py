@@ -93,7 +93,7 @@ def test_refusals():
         ops.scatter_tokens(torch.randn(7, 4), IDS, 5, 0, offsets(LENGTHS), impl="triton")
 
 
-def test_no_host_read_meta_registration_and_compile():
+def test_no_host_read_and_meta():
     x, cu = packed(LENGTHS, 6, tail=0)
     x.requires_grad_()
     fill = torch.randn(6, requires_grad=True)
@@ -110,9 +110,3 @@ def test_no_host_read_meta_registration_and_compile():
     assert out.shape == (8, 1568, 768)
     ops.gather_tokens(out, ids, mcu).sum().backward()
     assert mx.grad.shape == mx.shape and mfill.grad.shape == mfill.shape
-    torch.library.opcheck(torch.ops.smaug.scatter_tokens, (x, IDS, 5, fill, cu))
-    torch.library.opcheck(torch.ops.smaug.gather_tokens, (torch.randn(4, 5, 6, requires_grad=True), IDS, cu))
-    torch.library.opcheck(torch.ops.smaug.scatter_fill_grad, (torch.randn(4, 5, 6), IDS, cu))
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
-    for n in (7, 5):
-        torch.testing.assert_close(compiled(x[:n], IDS[:n], cu.clamp(max=n)), f(x[:n], IDS[:n], cu.clamp(max=n)))

@@ -191,32 +191,6 @@ def test_no_host_read_and_meta():
         assert [g.shape for g in grads] == [x.shape for x in leaves]
 
 
-@pytest.mark.parametrize("per_frame", [False, True])
-def test_registration(per_frame):
-    for uint8 in (True, False):
-        video, ids, weight, bias, position, prefix = _inputs((1, 12, 6), False, uint8, d=8)
-        rest = [1, 12, 6], MEAN, STD, per_frame, False
-        args = (video, ids, weight, bias, position, prefix, *rest, torch.float32)
-        torch.library.opcheck(torch.ops.smaug.patch_embed, args)
-        grad = torch.randn(torch.ops.smaug.patch_embed(*args)[0].shape)
-        args = (grad, video.detach(), ids, weight.detach(), position.shape[0], 2, *rest, not uint8)
-        torch.library.opcheck(torch.ops.smaug.patch_embed_backward, args)
-
-
-def test_compiles():
-    video, ids, weight, bias, position, prefix = _inputs((1, 4, 4), False, True)
-
-    def f(video, ids):
-        out = ops.patch_embed(
-            video, ids, weight, bias, patch=4, mean=MEAN, std=STD, position=position, prefix=prefix, prefix_per="frame"
-        )
-        return out.values * 2, out.cu_seqlens
-
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
-    for b in (2, 3):
-        torch.testing.assert_close(compiled(video[:b], ids[:b]), f(video[:b], ids[:b]))
-
-
 @pytest.mark.parametrize("clips,count", [(2, 0), (0, 5)])
 def test_no_patch_and_no_clip_give_what_is_left(clips, count):
     video = torch.zeros(clips, 2, 8, 8, 3, dtype=torch.uint8)

@@ -414,33 +414,3 @@ def test_meta_and_flops():
             assert counter.get_total_flops() == 5 * 8 * 59 * 768
         out, *_, overflow = ops.select_tokens(tokens, scores, mass=0.9, capacity=1000)
         assert out.rows == 1000 and overflow.shape == ()
-
-
-@pytest.mark.parametrize("fuse", ["mean", None])
-def test_registration(fuse):
-    for lengths in (5, None):
-        tokens = dataclasses.replace(packed_uniform(torch.randn(20, 3), 5), lengths=lengths)
-        sizes = [12 if fuse else 8, 8, 12] if lengths else [12 if fuse else 8, 8, 20]
-        values, scores = tokens.values.requires_grad_(), torch.rand(20, requires_grad=True)
-        rest = (tokens.cu_seqlens, tokens.ids, tokens.size, 1, 1, -1, -1.0, fuse or "", lengths is not None, sizes)
-        torch.library.opcheck(torch.ops.smaug.select_tokens, (values, scores, *rest))
-        out = torch.ops.smaug.select_tokens(values, scores, *rest)
-        saved = [x.detach() for x in (out[5], *out[7:])]
-        args = (torch.randn_like(out[0]), values.detach(), scores.detach(), tokens.cu_seqlens, *saved, *rest[-3:-1])
-        torch.library.opcheck(torch.ops.smaug.select_tokens_backward, args)
-
-
-@pytest.mark.parametrize("lengths", [6, None])
-def test_compiles(lengths):
-    def f(values, scores):
-        tokens = dataclasses.replace(packed_uniform(values, 6), lengths=lengths)
-        out, kept, dropped = ops.select_tokens(tokens, scores, keep=3, prefix=1)
-        return out.values * 2, out.cu_seqlens, kept, dropped
-
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
-    for count in (2, 5):
-        values, scores = torch.randn(6 * count, 4, requires_grad=True), torch.rand(6 * count, requires_grad=True)
-        got, want = compiled(values, scores), f(values, scores)
-        torch.testing.assert_close(got, want)
-        pairs = [torch.autograd.grad(x[0].square().sum(), (values, scores)) for x in (got, want)]
-        torch.testing.assert_close(*pairs)
