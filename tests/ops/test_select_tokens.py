@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from smaug import ops
@@ -119,6 +121,24 @@ def test_ragged_is_the_loop(how, known, prefix, fuse):
         if known:
             assert out.rows == out.cu_seqlens[-1]
     _check(tokens, scores, LENGTHS, count, prefix, fuse, capacity=60, **how)
+
+
+@given(st.data())
+def test_any_lengths_are_the_loop(data):
+    """Scores tie; all groups alike, known or not, is a case of its own."""
+    lengths = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=6))
+    known = data.draw(st.sampled_from(["int", "each", None]))
+    lengths = [max(lengths)] * len(lengths) if known == "int" else lengths
+    tokens, scores = _tokens(
+        lengths, d=data.draw(st.integers(1, 9)), tail=data.draw(st.integers(0, 3)), known=known == "each"
+    )
+    if known == "int":
+        tokens = dataclasses.replace(tokens, lengths=lengths[0])
+    k = data.draw(st.integers(0, 10) | st.floats(0, 1))
+    count = _ratio(k) if isinstance(k, float) else lambda scores: min(k, len(scores))
+    scores = (scores * 4).ceil() / 4
+    fuse = data.draw(st.sampled_from(["mean", "sum", None]))
+    _check(tokens, scores, lengths, count, data.draw(st.integers(0, 3)), fuse, keep=k)
 
 
 @pytest.mark.parametrize("fuse", ["mean", "sum", None])
