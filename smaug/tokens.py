@@ -11,7 +11,39 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-Lengths = int | tuple[int, ...] | None
+
+class HostLengths(Sequence[int]):
+    """The lengths of S sequences: what a tuple is, and equal to one, but torch.compile does not look inside.
+
+    Of a tuple it compiles in how many numbers there are and all that it reads of them: each batch would compile anew.
+    """
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        self._numbers = tuple(numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._numbers[index]
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __eq__(self, other: object) -> bool:
+        return self._numbers == tuple(other) if isinstance(other, HostLengths | tuple | list) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._numbers)
+
+    def __repr__(self) -> str:
+        return repr(self._numbers)
+
+
+Lengths = int | Sequence[int] | None
+
+
+def host_lengths(lengths: Lengths) -> Lengths:
+    """What code may reckon with: all there is in eager PyTorch, inside torch.compile only one length for all. There the
+    lengths of different sequences count as known to the device alone, so that one graph serves every batch."""
+    return lengths if isinstance(lengths, int) or not torch.compiler.is_compiling() else None
 
 
 @dataclass(frozen=True)
@@ -23,7 +55,9 @@ class PackedTokens:
     ids         (T,)      int32: frame * N + patch of the source grid; -1 for [CLS], fused and tail rows.
     size        (T,)      fp32: how many original tokens a row stands for; 0 in the tail.
     max_seqlen  host int  no sequence is longer.
-    lengths     host      int (all equal), tuple of S ints, or None (only the device knows).
+    lengths     host      int (all equal), S ints, or None (only the device knows). Inside torch.compile S ints count as
+                          None (`host_lengths`): one graph serves every batch, and results that they would have made
+                          exact have capacity.
 
     A sequence is a frame or a clip; `group` turns one into the other. Registered as a pytree, so it can be returned
     from compiled and checkpointed functions.
@@ -36,6 +70,10 @@ class PackedTokens:
     max_seqlen: int
     lengths: Lengths = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.lengths, tuple | list):
+            object.__setattr__(self, "lengths", HostLengths(self.lengths))
+
     @property
     def num_sequences(self) -> int:
         return self.cu_seqlens.shape[0] - 1
@@ -44,6 +82,12 @@ class PackedTokens:
     def rows(self) -> int:
         """T, the capacity; what a linear layer computes."""
         return self.values.shape[0]
+
+    @property
+    def used(self) -> int | None:
+        """Rows before the tail, where the host knows."""
+        lengths = host_lengths(self.lengths)
+        return lengths * self.num_sequences if isinstance(lengths, int) else None if lengths is None else sum(lengths)
 
     def with_values(self, values: Tensor) -> PackedTokens:
         """The same sequences with other values (T, D'): what follows a layer."""
@@ -55,7 +99,7 @@ class PackedTokens:
             raise ValueError(
                 f"{self.num_sequences} sequences cannot be grouped by {frames}; use a number that divides them."
             )
-        lengths: Lengths = self.lengths
+        lengths = host_lengths(self.lengths)
         if isinstance(lengths, int):
             lengths = lengths * frames
             max_seqlen = lengths
@@ -76,7 +120,7 @@ class PackedTokens:
         Copies S * L * D elements; no host read. Tokens beyond L are cut.
         """
         length = self.max_seqlen if length is None else length
-        if self.lengths == length and self.rows == self.num_sequences * length:
+        if isinstance(self.lengths, int) and self.lengths == length and self.used == self.rows:
             mask = torch.ones(self.num_sequences, length, dtype=torch.bool, device=self.values.device)
             return self.values.reshape(self.num_sequences, length, *self.values.shape[1:]), mask
         position = torch.arange(length, device=self.values.device)
@@ -122,7 +166,7 @@ class PackedTokens:
         values = x.reshape(s * n, *x.shape[2:]).index_select(0, source)
         values = values.masked_fill(tail.reshape(-1, *[1] * (values.ndim - 1)), 0)
         ids = (source % max(n, 1)).to(torch.int32).masked_fill(tail, -1)
-        longest = max(lengths, default=0) if isinstance(lengths, tuple) else min(n, total)
+        longest = min(n, total) if lengths is None else max(lengths, default=0)
         return PackedTokens(values, cu_seqlens, ids, (~tail).float(), longest, lengths)
 
     def to_nested(self) -> Tensor:
@@ -227,16 +271,10 @@ def packed_ragged(
         ids = (row - cu_seqlens[sequence]).masked_fill(tail, -1)
     if size is None:
         size = (~tail).float()
-    host: Lengths = lengths if lengths is None or isinstance(lengths, int) else tuple(lengths)
     if max_seqlen is None:
+        host = host_lengths(lengths)
         max_seqlen = rows if host is None else host if isinstance(host, int) else max(host, default=0)
-    return PackedTokens(values, cu_seqlens, ids, size, max_seqlen, host)
-
-
-def _host_lengths(tokens: PackedTokens) -> tuple[int, ...] | None:
-    if isinstance(tokens.lengths, int):
-        return (tokens.lengths,) * tokens.num_sequences
-    return tokens.lengths
+    return PackedTokens(values, cu_seqlens, ids, size, max_seqlen, lengths)
 
 
 def cat_tokens(parts: Sequence[PackedTokens]) -> PackedTokens:
@@ -250,13 +288,10 @@ def cat_tokens(parts: Sequence[PackedTokens]) -> PackedTokens:
     if len(parts) == 1:
         return parts[0]
     device = parts[0].values.device
-    every = [_host_lengths(p) for p in parts]
-    known = all(host is not None for host in every)
-    full = [host is not None and sum(host) == p.rows for host, p in zip(every, parts, strict=True)]
     values = torch.cat([p.values for p in parts])
     ids = torch.cat([p.ids for p in parts])
     size = torch.cat([p.size for p in parts])
-    if all(full[:-1]):
+    if all(part.used == part.rows for part in parts[:-1]):
         offset, cu = 0, [parts[0].cu_seqlens]
         for before, part in itertools.pairwise(parts):
             offset += before.rows
@@ -279,14 +314,15 @@ def cat_tokens(parts: Sequence[PackedTokens]) -> PackedTokens:
         values = values.masked_fill(tail.reshape(-1, *[1] * (values.ndim - 1)), 0)
         ids = ids.index_select(0, source).masked_fill(tail, -1)
         size = size.index_select(0, source).masked_fill(tail, 0)
+    every = [host_lengths(part.lengths) for part in parts]
+    only = every[0]
     lengths: Lengths = None
-    if known:
-        uniform = {p.lengths for p in parts}
-        only = parts[0].lengths
-        if len(uniform) == 1 and isinstance(only, int):
-            lengths = only
-        else:
-            lengths = tuple(n for host in every for n in (host or ()))
+    if isinstance(only, int) and all(host == only for host in every):
+        lengths = only
+    elif not torch.compiler.is_compiling() and None not in every:
+        lengths = []
+        for host, part in zip(every, parts, strict=True):
+            lengths += [host] * part.num_sequences if isinstance(host, int) else host or ()
     return PackedTokens(values, cu_seqlens, ids, size, max(p.max_seqlen for p in parts), lengths)
 
 
@@ -296,8 +332,7 @@ def split_tokens(tokens: PackedTokens, like: Sequence[PackedTokens]) -> list[Pac
     ValueError where a part but the last has a tail, since `cat_tokens` has moved its rows.
     """
     for part in like[:-1]:
-        host = _host_lengths(part)
-        if host is None or sum(host) != part.rows:
+        if part.used != part.rows:
             raise ValueError("split_tokens takes parts whose lengths the host knows and that have no tail.")
     parts = tokens.values.split([part.rows for part in like])
     return [part.with_values(values) for part, values in zip(like, parts, strict=True)]

@@ -1,11 +1,13 @@
 """PackedTokens: conversions keep every token, and nothing on the way reads the device."""
 
+import pickle
+
 import pytest
 import torch
 from torch.utils import _pytree as pytree
 
 from smaug.testing import HostReads, offsets
-from smaug.tokens import PackedTokens, cat_tokens, packed_ragged, packed_uniform, split_tokens, take_rows
+from smaug.tokens import HostLengths, PackedTokens, cat_tokens, packed_ragged, packed_uniform, split_tokens, take_rows
 
 
 def _ragged(lengths, d=3, tail=0, known=True):
@@ -116,6 +118,16 @@ def test_pytree_and_keyword_names():
     assert torch.equal(twice.values, tokens.values * 2) and twice.lengths == tokens.lengths
     assert tokens.flash_kwargs()["max_seqlen_q"] == 5 and tokens.hf_kwargs()["cu_seq_lens_k"] is tokens.cu_seqlens
     assert tokens.with_values(tokens.values[:, :1]).values.shape == (8, 1)
+
+
+def test_host_lengths_are_a_tuple_to_whoever_reads_them():
+    tokens = _ragged([2, 5, 1])
+    assert isinstance(tokens.lengths, HostLengths) and tokens.lengths == (2, 5, 1) != tokens.group(3).lengths
+    assert repr(tokens.lengths) == "(2, 5, 1)" and hash(tokens.lengths) == hash((2, 5, 1))
+    assert pickle.loads(pickle.dumps(tokens)).lengths == [2, 5, 1] and tokens.lengths[1:] == (5, 1)
+    assert (
+        tokens.used == 8 and packed_uniform(torch.zeros(6, 2), 3).used == 6 and _ragged([2], known=False).used is None
+    )
 
 
 def test_gradients_through_conversions():

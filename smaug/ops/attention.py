@@ -250,7 +250,7 @@ def attention(
                   over the query sequences that used it. Unused keys 0.
     max_seqlen_*  accepted for the sake of pasted calls, not needed and not read.
     lengths_*     host hints, `PackedTokens.lengths`: for FLOP counts on meta, and so that impl="reference" and
-                  devices without a kernel need not read cu_seqlens. They must be true.
+                  devices without a kernel need not read cu_seqlens. They must be true. torch.compile leaves them out.
 
     Rows at or after cu_seqlens[-1] are the tail: not read, output 0 (lse 0), gradient 0; NaN there does no harm.
 
@@ -310,6 +310,8 @@ def attention(
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share a dtype, but are {q.dtype}, {k.dtype} and {v.dtype}; cast them.")
     scale = e**-0.5 if scale is None else scale
+    if torch.compiler.is_compiling():
+        lengths_q = lengths_k = None  # not even looked at: a tuple's length would be compiled in
     host_q = [] if lengths_q is None else [lengths_q] if isinstance(lengths_q, int) else list(lengths_q)
     host_k = [] if lengths_k is None else [lengths_k] if isinstance(lengths_k, int) else list(lengths_k)
     if impl == "reference":

@@ -10,23 +10,19 @@ from __future__ import annotations
 import importlib
 import warnings
 
+import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
 KERNELS = ("attention", "gather_tokens", "patch_embed", "pixel_loss", "random_mask", "select_tokens")
 
-
-_status: str | None = None
+_status = ""
 
 
 def load_kernels() -> str:
-    """Registers the Triton kernels for CUDA tensors -> "ok", or one sentence that says why they cannot run here.
-
-    Done once, when `smaug.ops` is imported where CUDA is there. The answer is a global, since torch.compile looks
-    through functools.cache and would trace the imports.
-    """
-    global _status
-    if _status is None:
+    """Registers the Triton kernels for CUDA tensors -> "ok", or one sentence that says why they cannot run here."""
+    global _status  # not functools.cache: torch.compile looks through it, and cannot trace the imports
+    if not _status:
         from smaug.kernels import triton_status
 
         _status = triton_status()

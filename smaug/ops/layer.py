@@ -163,9 +163,7 @@ class SparseAttention(nn.Module):
             *(query.values, key.values, value.values, query.cu_seqlens, key.cu_seqlens),
             *(query.lengths, key.lengths, None, key_scores),
         )
-        host = query.lengths
-        used = host * query.num_sequences if isinstance(host, int) else None if host is None else sum(host)
-        if used != query.rows:
+        if query.used != query.rows:
             tail = torch.arange(query.rows, device=out.device) >= query.cu_seqlens[-1]
             out = out.masked_fill(tail[:, None], 0)  # out_proj has put its bias there
         result = query.with_values(out)

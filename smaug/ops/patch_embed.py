@@ -368,7 +368,8 @@ def patch_embed(
     if weight.shape[-1] != 3 * size[0] * size[1] * size[2] or weight.ndim != 2:
         raise ValueError(f"weight must be (D, {3 * size[0] * size[1] * size[2]}), but is {tuple(weight.shape)}.")
     n = rows * columns
-    if position is not None and position.shape[0] not in (n, tubes * n):
+    # two comparisons: torch.compile does not find a symbolic number in a tuple
+    if position is not None and position.shape[0] != n and position.shape[0] != tubes * n:
         raise ValueError(f"position must have {n} or {tubes * n} rows, but has {position.shape[0]}.")
     if ids_keep.ndim != 2 or ids_keep.shape[0] != b:
         raise ValueError(f"ids_keep must be ({b}, K), a row a clip, but is {tuple(ids_keep.shape)}.")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 
 from smaug.ops.implementation import reference_of, refuse
-from smaug.tokens import Lengths, PackedTokens
+from smaug.tokens import Lengths, PackedTokens, host_lengths
 
 
 def _rank_key(scores: Tensor) -> Tensor:
@@ -378,20 +378,19 @@ def _sizes(
     tokens: PackedTokens, prefix: int, keep: int, ratio: int, fused: bool
 ) -> tuple[tuple[int, int, int], int, Lengths]:
     """(rows, ids_kept, ids_dropped), exact where the host knows the lengths, else bounds; longest; lengths."""
-    total, groups = tokens.rows, tokens.num_sequences
+    total, groups, known = tokens.rows, tokens.num_sequences, host_lengths(tokens.lengths)
 
     def after(n: int) -> int:
         stays = _stay(n, prefix, keep, ratio)
         return stays + (1 if fused and stays < n else 0)
 
-    if isinstance(tokens.lengths, int):
-        n = tokens.lengths
-        kept = groups * _stay(n, prefix, keep, ratio)
-        return (groups * after(n), kept, groups * n - kept), after(n), after(n)
-    if tokens.lengths is not None:
-        lengths = tuple(after(n) for n in tokens.lengths)
-        kept = sum(_stay(n, prefix, keep, ratio) for n in tokens.lengths)
-        return (sum(lengths), kept, sum(tokens.lengths) - kept), max(lengths, default=0), lengths
+    if isinstance(known, int):
+        kept = groups * _stay(known, prefix, keep, ratio)
+        return (groups * after(known), kept, groups * known - kept), after(known), after(known)
+    if known is not None:
+        lengths = tuple(after(n) for n in known)
+        kept = sum(_stay(n, prefix, keep, ratio) for n in known)
+        return (sum(lengths), kept, sum(known) - kept), max(lengths, default=0), lengths
     each = prefix + (1 if ratio >= 0 else keep)  # 1: what rounding up may add
     kept = min(total, groups * each + (total * ratio >> 16 if ratio >= 0 else 0))
     rows = min(total, kept + (groups if fused else 0))
@@ -467,7 +466,7 @@ def select_tokens(
         sizes, longest, lengths = _sizes(tokens, prefix, count, ratio, fused)
         least = sizes[0]
         n = tokens.lengths
-        uniform = isinstance(n, int) and n * groups == total > 0 and capacity in (None, least)
+        uniform = isinstance(n, int) and n * groups == total > 0 and (capacity is None or capacity == least)
         if uniform and isinstance(n, int):
             prefix = min(prefix, n)
     if capacity is not None:

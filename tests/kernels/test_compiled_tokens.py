@@ -123,20 +123,3 @@ def test_select_tokens_by_mass():
     assert mass.grid == (SEQUENCES,) and forward.grid == (select_tokens.CUTTERS, 3)
     built(mass, 80)
     assert moves_wide(built(forward, 80)) and moves_wide(built(backward, 80))
-
-
-def test_lengths_do_not_recompile():
-    """One kernel serves every number of sequences, rows and patches."""
-
-    def all_of_them(s, n, k):
-        ids, grid, x = meta(s * k), meta(s, n, 768, dtype=torch.bfloat16), meta(s * k, 768, dtype=torch.bfloat16)
-        gather_tokens.gather_tokens(grid, ids, meta(s + 1))
-        gather_tokens.scatter_tokens(x, ids, n, None, meta(s + 1))
-        gather_tokens.scatter_fill_grad(grid, ids, meta(s + 1))
-
-    def kinds(*numbers):
-        with launch.record(90) as launches:
-            all_of_them(*numbers)
-        return [launch.compile_for(found, 90).hash for found in launches]
-
-    assert kinds(1024, 1568, 157) == kinds(3, 17, 5) == kinds(64, 4096, 2048)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.testing import CompileCounterWithBackend
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from smaug import ops
@@ -30,12 +31,12 @@ CASES = {
 
 
 def _make(
-    lengths_q, lengths_k, dtype=torch.float64, heads_kv=H, kv_ids=None, segment_bias=False, key_bias=False, tail=2
+    lengths_q, lengths_k, dtype=torch.float64, heads_kv=H, kv_ids=None, segment_bias=False, key_bias=False, tail=2, e=E
 ):
     acc = torch.promote_types(dtype, torch.float32)
-    q, cu_q = packed(lengths_q, H, E, tail=tail, dtype=dtype, seed=1)
-    k, cu_k = packed(lengths_k or lengths_q, heads_kv, E, tail=tail, dtype=dtype, seed=2)
-    v, _ = packed(lengths_k or lengths_q, heads_kv, E, tail=tail, dtype=dtype, seed=3)
+    q, cu_q = packed(lengths_q, H, e, tail=tail, dtype=dtype, seed=1)
+    k, cu_k = packed(lengths_k or lengths_q, heads_kv, e, tail=tail, dtype=dtype, seed=2)
+    v, _ = packed(lengths_k or lengths_q, heads_kv, e, tail=tail, dtype=dtype, seed=3)
     ids = None if kv_ids is None else torch.tensor(kv_ids, dtype=torch.int32)
     m = 1 if ids is None or ids.ndim == 1 else ids.shape[1]
     torch.manual_seed(0)
@@ -79,8 +80,12 @@ def test_reference_is_softmax_attention():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_matches_the_formula(case, dtype, scores):
-    """fp64 exactly, fp32 to rounding, bf16 at most twice the error of eager bf16."""
     lengths_q, lengths_k, kw = CASES[case]
+    _matches(lengths_q, lengths_k, dtype, scores, **kw)
+
+
+def _matches(lengths_q, lengths_k, dtype, scores, **kw):
+    """fp64 exactly, fp32 to rounding, bf16 to what its logits are rounded to."""
     leaves, cu, ids = _make(lengths_q, lengths_k, dtype, **kw)
     with_lse = scores is not None  # without it the flash kernel may run
     weights = _weights(leaves[0], with_lse)
@@ -95,12 +100,32 @@ def test_matches_the_formula(case, dtype, scores):
         finite = b.isfinite()
         assert torch.isfinite(a[finite]).all()
         if i < len(got) + 3:
-            assert relative_error(a[finite], b[finite]) < bound
+            # of a query with one key the gradient is 0, and its error nothing to be divided by that
+            assert relative_error(a[finite], b[finite]) < bound or (a[finite] - b[finite]).abs().max() < 4 * bound
         else:  # a bias's gradient is a sum that cancels, to 0 where there is one segment
             assert (a - b).abs().max() < 2 * bound * (1 + b.abs().max())
     rows = sum(lengths_q)
     assert (got[0][rows:] == 0).all() and (got[1][:, rows:] == 0).all() and (grads[0][rows:] == 0).all()
     assert (grads[1][sum(lengths_k or lengths_q) :] == 0).all()
+
+
+@given(st.data())
+def test_matches_the_formula_for_any_lengths(data):
+    lengths = st.lists(st.integers(0, 12) | st.integers(30, 70), min_size=1, max_size=5)
+    lengths_q, lengths_k = data.draw(lengths), data.draw(lengths)
+    kw = dict(heads_kv=data.draw(st.sampled_from([1, 2, 4])), e=data.draw(st.sampled_from([16, 24, 72])))
+    segments = data.draw(st.sampled_from(["self", "cross", 1, 2, 3]))
+    if segments == "self":
+        lengths_k = None
+    elif segments == "cross":
+        lengths_k = (lengths_k * 5)[: len(lengths_q)]
+    else:
+        row = st.lists(st.integers(-1, len(lengths_k) - 1), min_size=segments, max_size=segments)
+        kw["kv_ids"] = [data.draw(row) for _ in lengths_q]
+    for name in ("segment_bias", "key_bias"):
+        kw[name] = data.draw(st.booleans())
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    _matches(lengths_q, lengths_k, dtype, data.draw(st.sampled_from([None, "cls", "mean"])), **kw)
 
 
 def test_bf16_is_as_good_as_eager():
@@ -245,39 +270,3 @@ def test_meta_at_base_size_and_flops():
     with FlopCounterMode(display=False) as ragged:
         ops.attention(*leaves[:3], *cu, kv_ids=kv)
     assert ragged.get_total_flops() == 4 * H * E * (3 * 8 + 2 * 10 + 5 * 10)
-
-
-@pytest.mark.parametrize("case", ["self", "cross", "segments"])
-def test_registration(case):
-    lengths_q, lengths_k, kw = CASES[case]
-    leaves, (cu_q, cu_k), ids = _make(lengths_q, lengths_k, torch.float32, tail=0, **kw)
-    q, k, v, segment, key = (None if x is None else x.requires_grad_() for x in leaves)
-    cu_k = cu_q if cu_k is None else cu_k
-    scores = "cls" if case == "segments" else ""
-    args = (q, k, v, cu_q, cu_k, ids, segment, key, 0.25, scores, [], [])
-    torch.library.opcheck(torch.ops.smaug.attention, args, rtol=1e-3, atol=1e-3)
-    with torch.no_grad():
-        o, lse, _ = torch.ops.smaug.attention(*args)
-    plain = [None if x is None else x.detach() for x in (q, k, v)]
-    bias = [None if x is None else x.detach() for x in (segment, key)]
-    args = (o, None, *plain, o, lse, cu_q, cu_k, ids, *bias, 0.25, segment is not None, [], [])
-    torch.library.opcheck(torch.ops.smaug.attention_backward, args, rtol=1e-3, atol=1e-3)
-
-
-def test_compiles_without_recompiling():
-    def f(q, k, v, cu, bias):
-        o, lse, scores = ops.attention(q, k, v, cu, key_bias=bias, return_lse=True, key_scores="cls")
-        return o * 2, lse, scores
-
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=counter)
-    for lengths in ([3, 4], [5, 2, 6], [9, 1, 2, 2]):
-        leaves, cu, _ = _make(lengths, None, torch.float32, key_bias=True, tail=0)
-        args = [x.requires_grad_() for x in leaves[:3]] + [cu[0], leaves[4].requires_grad_()]
-        got, want = compiled(*args), f(*args)
-        torch.testing.assert_close(got, want)
-        grads = [torch.autograd.grad(x[0].square().sum() + x[1].sum(), args[:3] + args[4:]) for x in (got, want)]
-        torch.testing.assert_close(*grads)
-        if len(lengths) == 2:
-            first = counter.frame_count
-    assert counter.frame_count == first

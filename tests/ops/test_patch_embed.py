@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from smaug import ops
 from smaug.testing import HostReads, relative_error
@@ -21,7 +23,7 @@ def _truth(video, ids, weight, bias, patch, position):
     return y.gather(1, ids.long()[..., None].expand(-1, -1, y.shape[2]))
 
 
-def _inputs(patch, last, uint8, dtype=torch.float32, full_position=False, kind="random", d=24, b=3):
+def _inputs(patch, last, uint8, dtype=torch.float32, full_position=False, kind="random", d=24, b=3, keep=None):
     torch.manual_seed(0)
     f, h, w = 4, 24, 12
     video = torch.randint(0, 256, (b, f, 3, h, w), dtype=torch.uint8)
@@ -31,7 +33,7 @@ def _inputs(patch, last, uint8, dtype=torch.float32, full_position=False, kind="
         video = (video / 255).requires_grad_()
     grid = (f // patch[0], h // patch[1], w // patch[2])
     n = grid[1] * grid[2]
-    ids, _ = ops.random_mask(torch.arange(b), grid, grid[0] * (n // 3), seed=3, kind=kind)
+    ids, _ = ops.random_mask(torch.arange(b), grid, keep or grid[0] * (n // 3), seed=3, kind=kind)
     p = 3 * patch[0] * patch[1] * patch[2]
     weight = (torch.randn(d, p) / p**0.5).to(dtype).requires_grad_()
     bias = torch.randn(d).to(dtype).requires_grad_()
@@ -45,7 +47,24 @@ def _inputs(patch, last, uint8, dtype=torch.float32, full_position=False, kind="
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize(("patch", "full"), [((1, 8, 4), False), ((2, 4, 4), True), ((1, 6, 6), True)])
 def test_is_the_convolution_at_kept_places(patch, full, last, uint8, per):
-    video, ids, weight, bias, position, prefix = _inputs(patch, last, uint8, full_position=full)
+    _is_the_convolution(patch, full, last, uint8, per)
+
+
+@given(st.data())
+def test_is_the_convolution_for_any_patch(data):
+    patch = tuple(data.draw(st.sampled_from(x)) for x in ([1, 2, 4], [2, 3, 4, 6, 8, 12], [1, 2, 3, 4, 6]))
+    full, last, uint8 = (data.draw(st.booleans()) for _ in range(3))
+    keep = data.draw(st.integers(1, 4 // patch[0] * (24 // patch[1]) * (12 // patch[2])))
+    per, d, b = (
+        data.draw(st.sampled_from(["clip", "frame"])),
+        data.draw(st.integers(1, 40)),
+        data.draw(st.integers(1, 3)),
+    )
+    _is_the_convolution(patch, full, last, uint8, per, d=d, b=b, keep=keep)
+
+
+def _is_the_convolution(patch, full, last, uint8, per, **sizes):
+    video, ids, weight, bias, position, prefix = _inputs(patch, last, uint8, full_position=full, **sizes)
     out = ops.patch_embed(
         video, ids, weight, bias, patch=patch, mean=MEAN, std=STD, position=position, prefix=prefix, prefix_per=per
     )
@@ -189,32 +208,6 @@ def test_no_host_read_and_meta():
         assert out.values.shape == (rows, 768)
         grads = torch.autograd.grad(out.values.sum(), leaves)
         assert [g.shape for g in grads] == [x.shape for x in leaves]
-
-
-@pytest.mark.parametrize("per_frame", [False, True])
-def test_registration(per_frame):
-    for uint8 in (True, False):
-        video, ids, weight, bias, position, prefix = _inputs((1, 12, 6), False, uint8, d=8)
-        rest = [1, 12, 6], MEAN, STD, per_frame, False
-        args = (video, ids, weight, bias, position, prefix, *rest, torch.float32)
-        torch.library.opcheck(torch.ops.smaug.patch_embed, args)
-        grad = torch.randn(torch.ops.smaug.patch_embed(*args)[0].shape)
-        args = (grad, video.detach(), ids, weight.detach(), position.shape[0], 2, *rest, not uint8)
-        torch.library.opcheck(torch.ops.smaug.patch_embed_backward, args)
-
-
-def test_compiles():
-    video, ids, weight, bias, position, prefix = _inputs((1, 4, 4), False, True)
-
-    def f(video, ids):
-        out = ops.patch_embed(
-            video, ids, weight, bias, patch=4, mean=MEAN, std=STD, position=position, prefix=prefix, prefix_per="frame"
-        )
-        return out.values * 2, out.cu_seqlens
-
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
-    for b in (2, 3):
-        torch.testing.assert_close(compiled(video[:b], ids[:b]), f(video[:b], ids[:b]))
 
 
 @pytest.mark.parametrize("clips,count", [(2, 0), (0, 5)])
