@@ -133,8 +133,10 @@ def _reference(
     """The formula, a query sequence at a time; autograd differentiates it."""
     acc = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
-    o = q.new_zeros(q.shape)
-    lse = q.new_zeros((q.shape[1], q.shape[0]), dtype=acc)
+    # 0, which every input has a part in: gradients are 0, not missing, where no query has a key
+    zero = torch.stack([x[:0].sum().to(acc) for x in (q, k, v, segment_bias, key_bias) if x is not None]).sum()
+    o = q.new_zeros(q.shape) + zero.to(q.dtype)
+    lse = q.new_zeros((q.shape[1], q.shape[0]), dtype=acc) + zero
     lse[:, : cu_q[-1]] = -torch.inf
     scores, uses = (q.new_zeros(k.shape[0], dtype=acc) for _ in range(2))
     for s, segments in enumerate(kv_ids):

@@ -244,4 +244,8 @@ def test_one_graph_for_all_lengths(case, strict):
 
 
 def test_every_public_op_is_compiled():
-    assert [name for name in ops.__all__ if not any(name in case for case in CASES)] == ["keep_count", "register_flops", "warmup"]
+    assert [name for name in ops.__all__ if not any(name in case for case in CASES)] == [
+        "keep_count",
+        "register_flops",
+        "warmup",
+    ]

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from smaug import ops
@@ -33,9 +35,9 @@ CASES = {
 }
 
 
-def _make(case, dtype, tail=3):
+def _make(case, dtype, tail=3):  # a name of CASES, or what could stand there
     """(q, k, v, cu_q, cu_k, kv_ids, segment_bias, key_bias), grad, grad_lse, scale: between NaN, with tails of NaN."""
-    lengths_q, lengths_k, e, options = CASES[case]
+    lengths_q, lengths_k, e, options = CASES[case] if isinstance(case, str) else case
     lengths_k = lengths_k or lengths_q
     heads = options.get("heads", 2)
     heads_kv = options.get("heads_kv", 1 if heads == 3 else heads)
@@ -119,6 +121,20 @@ def test_matches_the_formula(case, dtype, copies):
         else:
             bound = 3e-6 if dtype == torch.float32 else 2 * relative_error(c, b) + 1e-5
             assert relative_error(a, b) < bound, name
+
+
+@settings(max_examples=4)
+@given(st.data())
+def test_any_lengths(data):
+    lengths = st.lists(st.integers(0, 9) | st.integers(31, 40), min_size=1, max_size=4)
+    lengths_q, lengths_k, segments = data.draw(lengths), data.draw(lengths), data.draw(st.integers(1, 3))
+    row = st.lists(st.integers(-1, len(lengths_k) - 1), min_size=segments, max_size=segments)
+    heads_kv = data.draw(st.sampled_from([1, 2]))
+    options = dict(kv_ids=[data.draw(row) for _ in lengths_q], heads_kv=heads_kv, segment_bias=True, key_bias=True)
+    drawn = lengths_q, lengths_k, data.draw(st.sampled_from([16, 24, 40])), options
+    inputs, *rest = _make(drawn, torch.float32)
+    for a, b in zip(_launchers(inputs, *rest, "mean"), _cpu(inputs, *rest, "mean"), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["self", "a segment twice"])

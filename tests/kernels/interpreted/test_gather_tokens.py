@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from smaug import ops  # noqa: F401  (registers the reference)
 from smaug.kernels import gather_tokens as kernel
@@ -53,6 +55,23 @@ def test_uniform(shape, n):
         _equal(kernel.scatter_tokens(x, ids, n, fill, None), torch.ops.smaug.scatter_tokens(x, ids, n, fill, None))
     want = torch.ops.smaug.scatter_fill_grad(grid, ids, None)
     torch.testing.assert_close(kernel.scatter_fill_grad(grid, ids, None), want, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=8)
+@given(
+    lengths=st.lists(st.integers(0, 20), max_size=4),
+    n=st.integers(20, 40),
+    d=st.integers(1, 40),
+    tail=st.integers(0, 5),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+)
+def test_any_lengths(lengths, n, d, tail, dtype):
+    x, cu = packed(lengths, d, tail=tail, dtype=dtype)
+    ids, grid, fill = _ids(lengths, n, tail), torch.randn(len(lengths), n, d).to(dtype), torch.randn(d)
+    _equal(kernel.gather_tokens(grid, ids, cu), torch.ops.smaug.gather_tokens(grid, ids, cu))
+    _equal(kernel.scatter_tokens(x, ids, n, fill, cu), torch.ops.smaug.scatter_tokens(x, ids, n, fill, cu))
+    sum_, true = kernel.scatter_fill_grad(grid, ids, cu), torch.ops.smaug.scatter_fill_grad(grid, ids, cu)
+    torch.testing.assert_close(sum_, true, atol=1e-5, rtol=1e-5)
 
 
 def test_grids_of_no_slot():

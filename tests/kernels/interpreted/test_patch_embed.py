@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from smaug import ops
 from smaug.kernels import launch
@@ -78,6 +80,22 @@ def test_layouts_and_pixels(patch, pixels, last):
 def test_patches_of_models(patch, last):
     """P = 588, 1,176 and 1,536; the first two are no multiples of a block."""
     check(inputs(patch, last))
+
+
+@settings(max_examples=6)
+@given(
+    patch=st.tuples(st.integers(1, 2), st.integers(1, 9), st.integers(1, 9)),
+    last=st.booleans(),
+    pixels=st.sampled_from([torch.uint8, torch.float32]),
+    d=st.integers(1, 70),
+    clips=st.integers(1, 3),
+    keep=st.integers(1, 12),
+    prefixes=st.integers(0, 2),
+    per_frame=st.booleans(),
+)
+def test_any_patch(patch, last, pixels, d, clips, keep, prefixes, per_frame):
+    args = inputs(patch, last, pixels, d=d, clips=clips, keep=keep, prefixes=prefixes, per_frame=per_frame)
+    check(args, video_grad=pixels != torch.uint8)
 
 
 @pytest.mark.parametrize("last", [False, True])

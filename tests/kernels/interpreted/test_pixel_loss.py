@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from smaug import ops
 from smaug.kernels import launch
@@ -49,6 +51,19 @@ def check(pred, video, ids, patch, normalise):
 )
 def test_patches_layouts_and_pixels(patch, pixels, last, normalise):
     check(*inputs(patch, last, pixels), normalise)
+
+
+@settings(max_examples=8)
+@given(
+    patch=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(2, 9)),
+    last=st.booleans(),
+    pixels=st.sampled_from([torch.uint8, torch.float32]),
+    removed=st.integers(1, 7),
+    clips=st.integers(1, 3),
+    normalise=st.sampled_from(["patch", "patch_channel", ""]),
+)
+def test_any_patch(patch, last, pixels, removed, clips, normalise):
+    check(*inputs(patch, last, pixels, removed=removed, clips=clips), normalise)
 
 
 @pytest.mark.parametrize("normalise", ["patch", "patch_channel", ""])

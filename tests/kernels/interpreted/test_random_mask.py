@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from smaug import ops  # noqa: F401  (registers the reference)
 from smaug.kernels import random_mask as kernel
@@ -33,6 +35,17 @@ def test_seed_draw_stream_and_strides():
         _same(SAMPLES, (2, 8, 9), 13, "block", seed=seed, draw=draw, stream=stream)
     _same(torch.arange(6)[::2], (2, 5, 5), 13)
     assert _same(SAMPLES[:0], (2, 5, 5), 13)[0].shape == (0, 13)
+
+
+@settings(max_examples=10)
+@given(st.data())
+def test_any_mask(data):
+    grid = tuple(data.draw(st.integers(1, most)) for most in (4, 12, 12))
+    kind = data.draw(st.sampled_from(["random", "tube", "block", "frame"]))
+    unit = {"tube": grid[0], "frame": grid[1] * grid[2]}.get(kind, 1)
+    keep = unit * data.draw(st.integers(1, grid[0] * grid[1] * grid[2] // unit))
+    seed, draw = (data.draw(st.integers(-(2**63), 2**63 - 1)) for _ in range(2))
+    _same(SAMPLES[: data.draw(st.integers(0, 3))], grid, keep, kind, seed, draw, data.draw(st.integers(0, 2)))
 
 
 def test_a_realistic_clip():

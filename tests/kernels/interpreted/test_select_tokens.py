@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from smaug import ops
 from smaug.kernels import select_tokens as kernel
@@ -77,6 +79,21 @@ HOWS = [{"keep": 0}, {"keep": 2}, {"keep": 100}, {"keep": 0.4}, {"mass": 0.6}]
 def test_ragged(both, how, fuse):
     prefix, tail, known = {"mean": (1, 4, False), "sum": (2, 4, True), None: (0, 0, True)}[fuse]
     tokens, scores = _tokens(LENGTHS, tail=tail, known=known)
+    both(tokens, scores, prefix=prefix, fuse=fuse, **how)
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])  # `both` keeps nothing
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=4),
+    d=st.integers(1, 40),
+    tail=st.integers(0, 4),
+    known=st.booleans(),
+    prefix=st.integers(0, 2),
+    fuse=st.sampled_from(["mean", "sum", None]),
+    how=st.sampled_from(HOWS),
+)
+def test_any_lengths(both, lengths, d, tail, known, prefix, fuse, how):
+    tokens, scores = _tokens(lengths, d, tail, known=known)
     both(tokens, scores, prefix=prefix, fuse=fuse, **how)
 
 
