@@ -40,7 +40,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 
-from smaug.kernels.launch import OPTIONS, architecture, configured, launch
+from smaug.kernels.launch import OPTIONS, address, architecture, configured, launch
 
 # By width, for (forward and scores, backward for queries, backward for keys): BLOCK_M queries, BLOCK_N keys, num_warps,
 # num_stages and, where the assembler would rather spill than run one program less, registers a thread. Chosen for
@@ -487,7 +487,7 @@ def _widths(e: int) -> tuple[int, int]:
 def _rows(x: Tensor) -> Tensor:
     """x (T, H, E) itself if it suits `_load`, as views of one projection do: rows in one piece and aligned."""
     fits = x.stride(2) == 1 and x.stride(1) == x.shape[2] and x.stride(0) % 8 == 0 and x.stride(0) < 1 << 24
-    return x if fits and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    return x if fits and address(x) % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
 
 
 def _streamed(x: Tensor, rows: str, blocks: dict[str, Any]) -> tuple[Any, Any]:

@@ -88,6 +88,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
             kernel[grid](*args, **meta)
 
 
+def address(x: torch.Tensor) -> int:
+    """Where x begins; while launches are only recorded, when it may have no memory, from where its memory would begin."""
+    return x.data_ptr() if _recorded is None else x.storage_offset() * x.element_size()
+
+
 @contextlib.contextmanager
 def record(architecture: int = 80) -> Generator[list[Launch], None, None]:
     """Launches of the block, kept and not started, with the configurations of an architecture (80, 86, 89, 90, 100)."""
