@@ -89,8 +89,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 
 def address(x: torch.Tensor) -> int:
-    """Where x begins; while launches are only recorded, when it may have no memory, from where its memory would begin."""
-    return x.data_ptr() if _recorded is None else x.storage_offset() * x.element_size()
+    """Where x begins in bytes; while launches are recorded, when it may have no memory, within what would be its own."""
+    return x.data_ptr() if _recorded is None else int(x.storage_offset()) * x.element_size()
 
 
 @contextlib.contextmanager
