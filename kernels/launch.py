@@ -89,7 +89,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 
 def address(x: torch.Tensor) -> int:
-    """Where x begins in bytes; while launches are recorded, when it may have no memory, within what would be its own."""
+    """Where x begins, in bytes; while launches are recorded, when it may have no memory, within what would be its."""
     return x.data_ptr() if _recorded is None else int(x.storage_offset()) * x.element_size()
 
 
