@@ -75,6 +75,14 @@ _EXCEPTIONS: dict[tuple[int, int, int], tuple[int, ...]] = {  # (device, width, 
     (100, 96, 2): (16, 64, 4, 2),
     (100, 128, 2): (32, 32, 4, 3, 224),
 }
+_FP32 = {  # as _TABLE, without tensor cores; a width of 256 cannot be kept from spilling backward
+    32: ((32, 32, 8, 1, 80), (32, 32, 8, 1), (32, 32, 8, 1, 96)),
+    64: ((32, 32, 8, 1, 128), (32, 32, 8, 1), (32, 32, 8, 1, 128)),
+    80: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    96: ((32, 32, 8, 1, 168), (32, 32, 8, 1), (32, 32, 8, 1)),
+    128: ((32, 32, 8, 1), (16, 16, 8, 1), (32, 32, 8, 1)),
+    256: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+}
 _SCAN_LIMIT = 16384  # entries of kv_ids that every key tile reads; beyond it an index is sorted once
 _LOG2E = 1.4426950408889634
 LOG2E = tl.constexpr(_LOG2E)
@@ -519,9 +527,9 @@ def _configuration(which: int, q: Tensor, key_scores: str = "") -> tuple[dict[st
     device = architecture()
     device = 86 if device in (86, 89) or device >= 120 else min(device // 10 * 10, 100)
     entry = _EXCEPTIONS.get((device, width, which), _TABLE[width][which])
+    if q.dtype == torch.float32:
+        entry = _FP32[width][which]
     block_m, block_n, num_warps, num_stages, *registers = entry
-    if q.dtype == torch.float32:  # twice the shared memory, no tensor cores
-        block_m, block_n, num_warps, num_stages, registers = 32, 32, 8, 1, []
     if key_scores == "cls":
         block_m = 16  # one row of it counts
     chosen = dict(BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages)

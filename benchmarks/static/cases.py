@@ -1,17 +1,19 @@
 """What is compiled: the library's ops, forward and backward, at the shapes of its recipes, written down on meta.
 
 Nothing starts and nothing has values. `OnKernels` stands where a GPU would: each registered op of `smaug.ops` goes to
-its Triton launcher, so the autograd around it, and with it the choice of launches, is the library's own.
+its Triton launcher, so the autograd around it, and with it the choice of launches, is the library's own. traffic.py
+runs the same cases with values, on the CPU.
 
 Recipes train under autocast: parameters, biases and scores are fp32, everything else is bf16. Sizes: `tiny`
 (`smaug/model/model.py`: 64 pixels, patch 8, tubelet 4, width 128, heads of 32, decoder 64 wide) and `base` (ViT-B/16 at
 224 pixels, heads of 64), tubelet 1 as the recipes have it and 2 as VideoMAE has it. Batches and lengths choose no
-kernel (tests/kernels/ holds that), so one of each will do. fp32 products are not here: they use no tensor cores.
+kernel (tests/kernels/ holds that), so few of each will do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,42 +39,56 @@ class Case:
     ours: bool = True
 
 
-def meta(*shape: int, dtype: torch.dtype = BF16, grad: bool = False) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
+RAGGED = (12, 24, 36, 48, 60, 72, 84, 96)  # tokens of a sequence: what sparse recipes leave
+EVEN = (197,)  # a whole picture of ViT-B/16 and its [CLS]
+
+device, lengths = "meta", RAGGED  # "cpu" and either, where traffic.py counts
 
 
-def ints(*shape: int) -> Tensor:
-    return meta(*shape, dtype=torch.int32)
+def zeros(*shape: int, dtype: torch.dtype = BF16, grad: bool = False) -> Tensor:
+    if device != "meta" and dtype == BF16:
+        dtype = torch.float16  # Triton's interpreter has no bf16
+    return torch.zeros(shape, dtype=dtype, device=device, requires_grad=grad)
 
 
 def floats(*shape: int, grad: bool = False) -> Tensor:
-    return meta(*shape, dtype=torch.float32, grad=grad)
+    return zeros(*shape, dtype=torch.float32, grad=grad)
+
+
+def ints(values: Sequence[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def starts(lengths: Sequence[int]) -> Tensor:
+    return ints([0, *itertools.accumulate(lengths)])
 
 
 def attention_of_one_projection(e: int, dtype: torch.dtype = BF16, scores: str | None = None) -> None:
     """A block of an encoder, of [CLS] and patches or of words; pruning blocks ask for scores."""
-    heads = 4
-    q, k, v = meta(64 * 197, 3, heads, e, dtype=dtype, grad=True).unbind(1)
-    out = ops.attention(q, k, v, ints(65), key_scores=scores)  # type: ignore[arg-type]
+    q, k, v = zeros(sum(lengths), 3, 1, e, dtype=dtype, grad=True).unbind(1)
+    out = ops.attention(q, k, v, starts(lengths), key_scores=scores)  # type: ignore[arg-type]
     (out[0] if scores else out).sum().backward()
 
 
-def attention_to_frames(e: int, gate: bool) -> None:
+def attention_to_frames(e: int, gate: bool, dtype: torch.dtype = BF16) -> None:
     """A fusion block: words of a pair to the frames that its row of kv_ids names, weighed by the selector's gate."""
-    q = meta(96 * 20, 4, e, grad=True)
-    k, v = meta(64 * 197, 2, 4, e, grad=True).unbind(1)
-    bias = floats(96, 2, grad=True) if gate else None
-    ops.attention(q, k, v, ints(97), ints(65), kv_ids=ints(96, 2), segment_bias=bias).sum().backward()
+    captions, frames = [20] * 8, len(lengths)
+    q = zeros(sum(captions), 1, e, dtype=dtype, grad=True)
+    k, v = zeros(sum(lengths), 2, 1, e, dtype=dtype, grad=True).unbind(1)
+    ids = ints([[i % frames, (i + 1) % frames] for i in range(8)])
+    bias = floats(8, 2, grad=True) if gate else None
+    ops.attention(q, k, v, starts(captions), starts(lengths), kv_ids=ids, segment_bias=bias).sum().backward()
 
 
-def attention_with_everything(e: int) -> None:
+def attention_with_everything(e: int, dtype: torch.dtype = BF16) -> None:
     """All that the op offers at once: the most registers."""
-    q, k, v = meta(640, 4, e, grad=True), meta(640, 2, e, grad=True), meta(640, 2, e, grad=True)
+    rows, s = sum(lengths), len(lengths)
+    q, k, v = (zeros(rows, heads, e, dtype=dtype, grad=True) for heads in (2, 1, 1))
     o, lse, _ = ops.attention(
-        *(q, k, v, ints(6), ints(6)),
-        kv_ids=ints(5, 3),
-        segment_bias=floats(5, 3, grad=True),
-        key_bias=floats(640, grad=True),
+        *(q, k, v, starts(lengths), starts(lengths)),
+        kv_ids=ints([[i, (i + 1) % s, -1] for i in range(s)]),
+        segment_bias=floats(s, 3, grad=True),
+        key_bias=floats(rows, grad=True),
         return_lse=True,
         key_scores="mean",
     )
@@ -80,48 +96,63 @@ def attention_with_everything(e: int) -> None:
 
 
 def embedding(
-    d: int, pixels: int, patch: tuple[int, int, int], last: bool, parameters: torch.dtype, video: torch.dtype
-) -> None:
-    """Kept patches of clips, [CLS] of each moment in front. A float video asks for its gradient."""
-    frames, side = 4 * patch[0], pixels // patch[1]
+    d: int, pixels: int, patch: tuple[int, int, int], last: bool, parameters: torch.dtype, video: torch.dtype,
+    out: torch.dtype = BF16,
+) -> None:  # fmt: skip
+    """Every second patch of clips, [CLS] of each moment in front. A float video asks for its gradient."""
+    clips, frames, side = 64, 4 * patch[0], pixels // patch[1]
     clip = (frames, pixels, pixels, 3) if last else (frames, 3, pixels, pixels)
-    n, kept = 4 * side * side, 4 * (side * side // 2)
-    table = {name: meta(*shape, dtype=parameters, grad=True) for name, shape in dict(
+    n = 4 * side * side
+    table = {name: zeros(*shape, dtype=parameters, grad=True) for name, shape in dict(
         weight=(d, 3 * patch[0] * patch[1] * patch[2]), bias=(d,), position=(n, d), prefix=(1, d)).items()}  # fmt: skip
     values, *_ = torch.ops.smaug.patch_embed(
-        *(meta(64, *clip, dtype=video, grad=video.is_floating_point), ints(64, kept), *table.values()),
-        *(list(patch), [0.5] * 3, [0.25] * 3, True, True, BF16),  # the registered op: meta has no autocast
+        *(zeros(clips, *clip, dtype=video, grad=video.is_floating_point), ints([range(0, n, 2)] * clips)),
+        *(*table.values(), list(patch), [0.5] * 3, [0.25] * 3, True, True),  # the registered op: meta has no autocast
+        torch.float16 if device != "meta" and out == BF16 else out,
     )
     values.sum().backward()
 
 
-def rebuilt_pixels(pixels: int, patch: tuple[int, int, int], last: bool, normalise: Any = "patch") -> None:
-    frames, removed = 4 * patch[0], 200
+def rebuilt_pixels(
+    pixels: int, patch: tuple[int, int, int], last: bool, normalise: Any = "patch", dtype: torch.dtype = BF16
+) -> None:
+    clips, frames, removed = 2, 4 * patch[0], 200
     clip = (frames, pixels, pixels, 3) if last else (frames, 3, pixels, pixels)
-    pred = meta(64, removed, 3 * patch[0] * patch[1] * patch[2], grad=True)
-    video = meta(64, *clip, dtype=torch.uint8)
-    ops.pixel_loss(pred, video, ints(64, removed), patch=patch, normalise=normalise).backward()
+    pred = zeros(clips, removed, 3 * patch[0] * patch[1] * patch[2], dtype=dtype, grad=True)
+    video = zeros(clips, *clip, dtype=torch.uint8)
+    ops.pixel_loss(pred, video, ints([range(removed)] * clips), patch=patch, normalise=normalise).backward()
 
 
 def masks(grid: tuple[int, int, int], keep: int, kind: Any = "random") -> None:
-    seed = meta(dtype=torch.int64)
-    ops.random_mask(meta(64, dtype=torch.int64), grid, keep, kind=kind, seed=seed, draw=seed)
+    seed, samples = (zeros(*shape, dtype=torch.int64) for shape in ((), (4,)))
+    ops.random_mask(samples, grid, keep, kind=kind, seed=seed, draw=seed)
 
 
-def moved_rows(d: int) -> None:
+def moved_rows(d: int, dtype: torch.dtype = BF16) -> None:
     """gather and scatter with what fills the holes, and their gradients."""
-    ids, cu = ints(64 * 157), ints(65)
-    ops.gather_tokens(meta(64, 1568, d, grad=True), ids, cu).sum().backward()
-    x, fill = meta(64 * 157, d, grad=True), floats(d, grad=True)
-    ops.scatter_tokens(x, ids, 1568, fill, cu).sum().backward()
+    sequences, length, kept = 2, 400, 40
+    ids, cu = ints([*range(0, length, 10)] * sequences), starts([kept] * sequences)
+    ops.gather_tokens(zeros(sequences, length, d, dtype=dtype, grad=True), ids, cu).sum().backward()
+    x, fill = zeros(kept * sequences, d, dtype=dtype, grad=True), floats(d, grad=True)
+    ops.scatter_tokens(x, ids, length, fill, cu).sum().backward()
 
 
-def pruned(d: int, scores_grad: bool = False, lengths: int | None = 197, **how: Any) -> None:
-    rows, sequences = 64 * 197, 64
-    values, scores = meta(rows, d, grad=True), floats(rows, grad=scores_grad)
-    tokens = PackedTokens(values, ints(sequences + 1), ints(rows), floats(rows), 197, lengths)
+def pruned(d: int, scores_grad: bool = False, lengths: int | None = 197, dtype: torch.dtype = BF16, **how: Any) -> None:
+    sequences = 4
+    rows = sequences * 197
+    values, scores = zeros(rows, d, dtype=dtype, grad=True), floats(rows, grad=scores_grad)
+    with torch.no_grad():
+        scores.copy_(torch.arange(rows) * 0.618 % 1)  # in no order
+    tokens = PackedTokens(values, starts([197] * sequences), ints(range(rows)), floats(rows), 197, lengths)
     out, _, _ = ops.select_tokens(tokens, scores, prefix=1, **how)[:3]
     out.values.sum().backward()
+
+
+def padded_attention_of_one_projection(e: int) -> None:
+    q, k, v = (zeros(len(lengths), 1, max(lengths), e) for _ in range(3))
+    real = ints(lengths)
+    o, lse = padded_attention.padded_attention(q, k, v, real)
+    padded_attention.padded_attention_backward(o, q, k, v, o, lse, real)
 
 
 def cases() -> list[Case]:
@@ -153,15 +184,27 @@ def cases() -> list[Case]:
             case("self, cls scores", attention_of_one_projection, e, scores="cls")
             case("to frames", attention_to_frames, e, gate=e == 64)
     for e in (32, 64, 128):
-        case("padded", padded_attention.forward_and_backward, e, ours=False)
+        case("padded", padded_attention_of_one_projection, e, ours=False)
     case("base, ratio, scores learn", pruned, 768, True, None, keep=0.7, fuse="sum")
-    case("base, mass", pruned, 768, False, None, mass=0.9, fuse="mean", capacity=8000)
+    case("base, mass", pruned, 768, False, None, mass=0.9, fuse="mean", capacity=500)
     case("base, tubelet 2, bf16 weights", embedding, 768, 224, (2, 16, 16), False, BF16, u8)
     case("base, tubelet 2, bf16 video learns", embedding, 768, 224, (2, 16, 16), False, BF16, BF16)
     for e in (64, 80, 96, 128, 256):
         case("everything", attention_with_everything, e)
     for e in WIDTHS:
         case("self", attention_of_one_projection, e, torch.float16)
+    # Without autocast: fp32 products, which tensor cores do not make.
+    for e in (32, 64, 96, 128):
+        case("self", attention_of_one_projection, e, fp32)
+    for e in (32, 64):
+        case("to frames", attention_to_frames, e, e == 64, fp32)
+    case("everything", attention_with_everything, 64, fp32)
+    case("tiny, channels last", embedding, 128, 64, (4, 8, 8), True, fp32, u8, fp32)
+    case("base, tubelet 2, channels last", embedding, 768, 224, (2, 16, 16), True, fp32, u8, fp32)
+    case("base, tubelet 2, fp32 video learns", embedding, 768, 224, (2, 16, 16), False, fp32, fp32, fp32)
+    case("base, tubelet 2, channels last", rebuilt_pixels, 224, (2, 16, 16), True, "patch", fp32)
+    case("base", moved_rows, 768, fp32)
+    case("base, count", pruned, 768, dtype=fp32, keep=137, fuse="mean")
     return made
 
 

@@ -107,7 +107,7 @@ def wrong(kernel: str, architecture: int, row: dict[str, Any]) -> list[str]:
         found.append(f"{row['atomics']} atomics")
     if int(row["shared"]) > most:
         found.append(f"{row['shared']} bytes of shared memory, where a block may have {most}")
-    if kernel in MATRIX:
+    if kernel in MATRIX and "float16" in row["dtypes"]:  # or bfloat16; tensor cores make no fp32 products
         if not int(row[limits.tensor_core]) + int(row["hmma"]):  # small tiles have no HGMMA, and HMMA is let through
             found.append("no tensor-core instruction")
         if not int(row["ldgsts"]) + int(row["utmaldg"]):

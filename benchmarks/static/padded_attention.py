@@ -141,10 +141,3 @@ def padded_attention_backward(
 def _tiles(which: int, q: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     blocks, options = _configuration(which, q[0])
     return {name: blocks[name] for name in ("E", "BLOCK_M", "BLOCK_N")}, options
-
-
-def forward_and_backward(e: int) -> None:
-    q, k, v = (torch.empty(64, 4, 197, e, dtype=torch.bfloat16, device="meta") for _ in range(3))
-    lengths = torch.empty(64, dtype=torch.int32, device="meta")
-    o, lse = padded_attention(q, k, v, lengths)
-    padded_attention_backward(o, q, k, v, o, lse, lengths)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import multiprocessing
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.static import judge
+from benchmarks.static import judge, traffic
 from benchmarks.static.cases import ARCHITECTURES, Case, recorded
 from smaug.kernels.launch import Launch
 
@@ -18,8 +19,9 @@ NAMES = ("key", "kernel", "architecture", "case", "dtypes", "configuration")
 NUMBERS = (
     *("registers", "stack", "spills", "shared", "blocks", "warps", "hmma", "hgmma", "utchmma", "ldgsts", "utmaldg"),
     *("global", "wide", "atomics", "mufu", "mufu_per_product"),
+    *traffic.COLUMNS,
 )
-EXACT = {"stack", "spills", "shared", "atomics", "warps"}
+EXACT = {"stack", "spills", "shared", "atomics", "warps", *traffic.COLUMNS}
 Row = dict[str, Any]
 
 
@@ -55,6 +57,13 @@ def sample(variants: dict[str, Variant]) -> dict[str, Variant]:
     return {variant.key: variant for variant in chosen.values()}
 
 
+def work(wanted: Iterable[Variant]) -> dict[str, dict[str, Any]]:
+    """By key, what the interpreter counts of each; empty where it says nothing of the kernel."""
+    names = {variant.key: traffic.name(variant.case.name, variant.launch) for variant in wanted}
+    found = traffic.counts(sorted(set(names.values()))) if names else {}
+    return {key: dict.fromkeys(traffic.COLUMNS, "") | found[name] for key, name in names.items()}
+
+
 _to_make: list[Variant] = []  # read by the processes that are forked: a launch holds kernels and cannot be sent
 
 
@@ -68,11 +77,16 @@ def make(
     known: dict[str, Row],
     jobs: int = 1,
     keep: Callable[[dict[str, Row]], None] = lambda rows: None,
+    with_work: bool = True,
 ) -> dict[str, Row]:
-    """Rows of the variants wanted, in their order; those known are not compiled. `keep` gets what is there so far."""
+    """Rows of the variants wanted, in their order; those known are not compiled. `keep` gets what is there so far.
+
+    with_work: also what the interpreter counts, which takes it minutes.
+    """
     global _to_make
     _to_make = [variant for key, variant in wanted.items() if key not in known]
     numbers = {key: {column: row[column] for column in NUMBERS} for key, row in known.items()}
+    counted = work(_to_make) if with_work else {}
 
     def rows() -> dict[str, Row]:
         return {key: {**variant.names(), **numbers[key]} for key, variant in wanted.items() if key in numbers}
@@ -80,7 +94,7 @@ def make(
     with multiprocessing.get_context("fork").Pool(jobs) as pool:
         try:
             for done, (key, facts) in enumerate(pool.imap(_facts, range(len(_to_make))), 1):
-                numbers[key] = facts
+                numbers[key] = facts | counted.get(key, {})
                 if done % 20 == 0:  # an end by Ctrl-C or a time limit loses little
                     keep(rows())
         finally:
@@ -115,7 +129,7 @@ def changes(before: Row | None, now: Row) -> list[str]:
     if before is None:
         return ["is not in the table; make it with `python -m benchmarks.static --all`"]
     found = []
-    for column in NUMBERS:
+    for column in (name for name in NUMBERS if name in now):
         old, new = (float(row[column] or 0) for row in (before, now))
         allowed = 0 if column in EXACT else 8 if column == "registers" else max(1.0, 0.05 * old)
         if abs(new - old) > allowed:
@@ -136,16 +150,18 @@ def markdown(rows: dict[str, Row]) -> str:
     """A line a kernel, the worst of its variants over all architectures; static, no speed."""
     lines = [
         "| kernel | variants | registers | spills | shared KB | blocks an SM | tensor-core instructions | async copies "
-        "| 16-byte share of global accesses | atomics | MUFU a product |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| 16-byte share of global accesses | atomics | MUFU a product | FLOPs issued / useful | bytes moved / least |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     by_kernel: dict[str, list[Row]] = {}
     for row in rows.values():
         by_kernel.setdefault(row["kernel"], []).append(row)
     for kernel, mine in sorted(by_kernel.items(), key=lambda item: (item[0].startswith("padded_"), item[0])):
         numbers = {column: [float(row[column] or 0) for row in mine] for column in NUMBERS}
-        products = [sum(each) for each in zip(numbers["hmma"], numbers["hgmma"], numbers["utchmma"], strict=True)]
-        copies = [sum(each) for each in zip(numbers["ldgsts"], numbers["utmaldg"], strict=True)]
+        # tensor cores make no fp32 products, so the fewest are looked for among the others
+        wanted = [row for row in mine if "float16" in row["dtypes"]] or mine
+        products = [sum(int(row[name]) for name in ("hmma", "hgmma", "utchmma")) for row in wanted]
+        copies = [sum(int(row[name]) for name in ("ldgsts", "utmaldg")) for row in wanted]
         share = min(w / g if g else 0 for w, g in zip(numbers["wide"], numbers["global"], strict=True))
         cells = [
             f"`{kernel}`" + (" (yardstick)" if kernel.startswith("padded_") else ""),
@@ -159,6 +175,33 @@ def markdown(rows: dict[str, Row]) -> str:
             f"{share:.0%}",
             f"{max(numbers['atomics']):.0f}",
             f"{max(numbers['mufu_per_product']):.1f}" if max(products) else "",
+            *(_both(max(numbers[column]), max(numbers[f"{column}_197"])) for column in ("issued", "moved")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *_by_width(rows)])
+
+
+def _by_width(rows: dict[str, Row]) -> list[str]:
+    """Self-attention beside the yardstick, by the width of a head: bf16 on sm_80."""
+    found: dict[str, dict[int, str]] = {}
+    for row in rows.values():
+        width = re.search(r"\bE=(\d+)", row["configuration"])
+        if (
+            width
+            and row["architecture"] == "sm_80"
+            and "bfloat16" in row["dtypes"]
+            and row["case"] in ("self", "padded")
+        ):
+            cell = f"{_both(*(float(row[name] or 0) for name in ('issued', 'issued_197')))}, "
+            cell += _both(*(float(row[name] or 0) for name in ("moved", "moved_197")))
+            found.setdefault(row["kernel"], {})[int(width[1])] = cell
+    widths = sorted({width for cells in found.values() for width in cells})
+    lines = ["| FLOPs issued / useful, bytes moved / least |" + "".join(f" width {w} |" for w in widths)]
+    lines.append("|---|" + "---|" * len(widths))
+    for kernel, cells in sorted(found.items()):
+        lines.append(f"| `{kernel}` |" + "".join(f" {cells.get(width, '')} |" for width in widths))
+    return lines
+
+
+def _both(first: float, with_197: float) -> str:
+    return f"{first:.1f}" * (first > 0) + f" ({with_197:.1f})" * (with_197 > 0)
