@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.static import padded_attention
 from smaug import ops
-from smaug.kernels import attention, gather_tokens, launch, patch_embed, pixel_loss, random_mask, select_tokens
+from smaug.kernels import attention, gather_tokens, launch, noise, patch_embed, pixel_loss, random_mask, select_tokens
 from smaug.kernels.launch import Launch
 from smaug.tokens import PackedTokens
 
@@ -32,6 +32,7 @@ BF16 = torch.bfloat16
 OPS = {
     attention: ("attention", "attention_backward"),
     gather_tokens: ("gather_tokens", "scatter_tokens", "scatter_fill_grad"),
+    noise: ("noise",),
     patch_embed: ("patch_embed", "patch_embed_backward"),
     pixel_loss: ("pixel_loss", "pixel_loss_backward"),
     random_mask: ("random_mask",),

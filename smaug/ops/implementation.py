@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-KERNELS = ("attention", "gather_tokens", "patch_embed", "pixel_loss", "random_mask", "select_tokens")
+KERNELS = ("attention", "gather_tokens", "noise", "patch_embed", "pixel_loss", "random_mask", "select_tokens")
 
 
 @functools.cache
