@@ -12,8 +12,9 @@ JSON file that SMAUG_KERNEL_CONFIG names; it is read once, before the first laun
 
 Of a kernel's entries the first whose conditions hold counts; what it does not name stays as the launcher has it.
 Conditions, each optional: `architecture` (80, 86, 89, 90, 100); `dtype` of what the kernel computes on; `width`: of a
-head for attention, a patch for pixel_loss, a token elsewhere (random_mask: how many patches it ranks). Settings: those
-of SETTINGS, num_warps, num_stages and maxnreg (registers a thread). Other tiles may add sums in another order.
+head for attention, a patch for pixel_loss, a token elsewhere (random_mask: how many patches it ranks; noise has none).
+Settings: those of SETTINGS, num_warps, num_stages and maxnreg (registers a thread). Other tiles may add sums in another
+order.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {  # by kernel, what may be set beside OP
     "_mean": ("BLOCK",),
     "_scale": ("BLOCK",),
     "_mask": (),
+    "_noise": ("BLOCK",),
 }
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 CONDITIONS = ("architecture", "dtype", "width")

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from smaug import ops
-from smaug.ops.random_mask import keep_count, philox
+from smaug.ops.noise import noise as uniform
+from smaug.ops.random_mask import keep_count
+from smaug.tokens import uniform_cu_seqlens
 
 # So that no two draws ever share a random number.
 VIDEO_STREAM, TEXT_STREAM, DECODER_STREAM, PAIR_STREAM, MLM_STREAM, PRUNE_STREAM, FRAME_STREAM = range(7)
@@ -45,7 +47,7 @@ class VideoMask:
         if self.kind == "even":
             moment = torch.arange(times, device=samples.device)
             each = ops.random_mask(
-                (samples[:, None] * MOMENTS + moment).flatten(),
+                torch.add(moment, samples[:, None], alpha=MOMENTS).flatten(),
                 (1, rows * columns),
                 keep // times,
                 seed=seed,
@@ -53,7 +55,7 @@ class VideoMask:
                 stream=VIDEO_STREAM,
                 impl=impl,
             )
-            first = (moment * rows * columns).to(torch.int32)[:, None]
+            first = uniform_cu_seqlens(times - 1, rows * columns, samples.device)[:, None]
             kept, removed = ((ids.view(len(samples), times, -1) + first).flatten(1) for ids in each)
             return kept, removed
         return ops.random_mask(
@@ -90,8 +92,4 @@ class TextMask:
 
 def noise(count: int, *, seed: int, step: int, stream: int, device: torch.device) -> Tensor:
     """(count,) fp32, uniform in (0, 1): the same for a step on every device, without torch's own generators."""
-    index = torch.arange(count, device=device)
-    other = torch.zeros((), dtype=torch.int64, device=device)
-    key = (other + (seed & 0xFFFFFFFF), other + (seed >> 32 & 0xFFFFFFFF))
-    word = philox((index, other + (stream | step << 8 & 0xFFFFFFFF), other, other), key)[0]
-    return ((word >> 9).float() + 0.5) * 2.0**-23  # 23 bits: with 24, a half more would round up to 1
+    return uniform(torch.empty(count, device=device), seed=seed, draw=step, stream=stream)

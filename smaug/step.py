@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from smaug.data.loader import Batch
 from smaug.masks import PAIR_STREAM, VideoMask, noise
@@ -16,7 +17,7 @@ from smaug.objectives.seen import Masked, Pairs, Removed, Seen
 from smaug.objectives.vtc import VtcHeads
 from smaug.objectives.vtm import Vtm
 from smaug.recipe import Recipe
-from smaug.tokens import PackedTokens, cat_tokens, split_tokens
+from smaug.tokens import PackedTokens, cat_tokens, split_tokens, uniform_cu_seqlens
 
 
 def training_step(model: Model, recipe: Recipe, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -34,15 +35,16 @@ def training_step(model: Model, recipe: Recipe, batch: Batch) -> tuple[Tensor, d
 
     features, words = encode_texts(model, text_views(recipe, batch))
 
-    same = positives(batch)
+    same, scores = positives(batch), contrast_scores(model, features["contrast"], video.features)
     pairs = masked = None
     if model.fusion is not None:
-        pairs, masked = fuse(model, recipe, batch, video, features, words, same)
-    seen = Seen(video, features["contrast"], same, removed, pairs, masked, recipe.seed, batch.epoch)
+        pairs, masked = fuse(model, recipe, batch, video, features, words, same, next(iter(scores.values()), None))
+    seen = Seen(video, features["contrast"], same, removed, pairs, masked, recipe.seed, batch.epoch, scores)
 
     parts = {name: objective(model.heads[name], seen) for name, objective in recipe.objectives.items()}
-    loss = torch.stack([recipe.objectives[name].weight * part for name, part in parts.items()]).sum()
-    return loss, parts
+    weights = [recipe.objectives[name].weight for name in parts]
+    each = [part if weight == 1 else weight * part for weight, part in zip(weights, parts.values(), strict=True)]
+    return torch.stack(each).sum(), parts
 
 
 def video_mask(recipe: Recipe, step: int) -> VideoMask:
@@ -97,8 +99,10 @@ def fuse(
     features: dict[str, Tensor],
     words: dict[str, PackedTokens],
     same: Tensor,
+    scores: Tensor | None,
 ) -> tuple[Pairs | None, Masked | None]:
-    """Positives, hard negatives and masked captions in one call of the fusion encoder."""
+    """Positives, hard negatives and masked captions in one call of the fusion encoder. scores (B, B) choose the
+    negatives; without them all are alike."""
     assert model.fusion is not None
     texts: list[PackedTokens] = []
     summaries: list[Tensor] = []
@@ -109,14 +113,15 @@ def fuse(
     own = torch.arange(len(same), device=same.device)
     for objective in recipe.objectives.values():
         if isinstance(objective, Vtm):
-            scores = contrast_scores(model, features["contrast"], video.features)
-            negatives, found = hard_negatives(scores, same, objective.negatives, recipe.seed, batch.step)
+            likely = torch.zeros(same.shape, device=same.device) if scores is None else scores.detach()
+            negatives, found = hard_negatives(likely, same, objective.negatives, recipe.seed, batch.step)
             copies = 1 + negatives.shape[1]
             texts += [words["match"]] * copies
             summaries += [features["match"]] * copies
             videos += [own, *negatives.unbind(1)]
             valid += [torch.ones_like(found[:, 0]), *found.unbind(1)]
-            asked += [words["match"].first_rows() + copy * words["match"].rows for copy in range(copies)]
+            each = uniform_cu_seqlens(copies - 1, words["match"].rows, same.device)
+            asked.append((each[:, None] + words["match"].first_rows()).flatten())
             counts += [1] * copies * len(own)
     pairs_count = len(counts)
     if "masked" in words:
@@ -138,20 +143,16 @@ def fuse(
     pairs = masked = None
     answers, hidden = fused.values.split([pairs_count, fused.rows - pairs_count])
     if pairs_count:
-        labels = (torch.arange(pairs_count, device=own.device) < len(own)).long()
+        labels = F.pad(torch.ones_like(own), (0, pairs_count - len(own)))
         pairs = Pairs(answers, labels, torch.cat(valid))
     if "masked" in words:
         masked = Masked(hidden, batch.masked_labels)
     return pairs, masked
 
 
-@torch.no_grad()
-def contrast_scores(model: Model, text: Tensor, video: Tensor) -> Tensor:
-    """(texts, videos) logits of the contrast; where there is none, all alike."""
-    for head in model.heads.values():
-        if isinstance(head, VtcHeads):
-            return head.scores(text, video)
-    return text.new_zeros(len(text), len(video), dtype=torch.float32)
+def contrast_scores(model: Model, text: Tensor, video: Tensor) -> dict[nn.Module, Tensor]:
+    """(texts, videos) logits of the contrast, by its head: for the negatives, and for the loss."""
+    return {head: head.scores(text, video) for head in model.heads.values() if isinstance(head, VtcHeads)}
 
 
 def hard_negatives(scores: Tensor, same: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:

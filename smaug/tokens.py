@@ -111,8 +111,8 @@ class PackedTokens:
         return PackedTokens(self.values, self.cu_seqlens[::frames], self.ids, self.size, max_seqlen, lengths)
 
     def first_rows(self) -> Tensor:
-        """(S,) int64: the row of every sequence's first token, its [CLS] where there is one."""
-        return self.cu_seqlens[:-1].long()
+        """(S,) int32, a view: the row of every sequence's first token, its [CLS] where there is one."""
+        return self.cu_seqlens[:-1]
 
     def to_padded(self, length: int | None = None) -> tuple[Tensor, Tensor]:
         """-> padded (S, L, D) with zeros, mask (S, L) bool, True where a token is. L defaults to ``max_seqlen``.
@@ -221,14 +221,23 @@ pytree.register_pytree_node(PackedTokens, _flatten, _unflatten, serialized_type_
 
 def uniform_cu_seqlens(count: int, length: int, device: torch.device | str) -> Tensor:
     """(count + 1,) int32: 0, length, 2 * length, ... from host numbers, nothing read or copied."""
-    # arange * length, not arange(step=length): a step of 0 is refused
-    return torch.arange(count + 1, dtype=torch.int32, device=device) * length
+    if length == 0:  # arange refuses a step of 0
+        return torch.zeros(count + 1, dtype=torch.int32, device=device)
+    return torch.arange(0, count * length + 1, length, dtype=torch.int32, device=device)
 
 
 def ragged_cu_seqlens(counts: Tensor) -> Tensor:
     """(S + 1,) int32 from how many rows each sequence has, (S,) on the device; no host read."""
     ends = counts.cumsum(0)
     return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+
+
+def known_cu_seqlens(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """(S + 1,) int32 from host lengths: one small copy to the device, which nobody waits for; none if all are equal."""
+    if len(set(lengths)) == 1:
+        return uniform_cu_seqlens(len(lengths), lengths[0], device)
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return ends.to(device, non_blocking=True)
 
 
 def packed_uniform(
@@ -262,8 +271,9 @@ def packed_ragged(
     tail), size to 1 (0 in the tail), max_seqlen to what ``lengths`` say or else to T."""
     rows = values.shape[0]
     cu_seqlens = cu_seqlens.to(torch.int32)
-    row = torch.arange(rows, dtype=torch.int32, device=values.device)
-    tail = row >= cu_seqlens[-1]
+    if ids is None or size is None:
+        row = torch.arange(rows, dtype=torch.int32, device=values.device)
+        tail = row >= cu_seqlens[-1]
     if ids is None:
         sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True).clamp(
             max=max(cu_seqlens.shape[0] - 2, 0)
@@ -288,10 +298,24 @@ def cat_tokens(parts: Sequence[PackedTokens]) -> PackedTokens:
     if len(parts) == 1:
         return parts[0]
     device = parts[0].values.device
+    every = [host_lengths(part.lengths) for part in parts]
+    only = every[0]
+    lengths: Lengths = None
+    if isinstance(only, int) and all(host == only for host in every):
+        lengths = only
+    elif not torch.compiler.is_compiling() and None not in every:
+        lengths = []
+        for host, part in zip(every, parts, strict=True):
+            lengths += [host] * part.num_sequences if isinstance(host, int) else host or ()
+    full = [part.used == part.rows for part in parts]
     values = torch.cat([p.values for p in parts])
     ids = torch.cat([p.ids for p in parts])
     size = torch.cat([p.size for p in parts])
-    if all(part.used == part.rows for part in parts[:-1]):
+    if isinstance(lengths, int) and all(full):
+        cu_seqlens = uniform_cu_seqlens(sum(part.num_sequences for part in parts), lengths, device)
+    elif isinstance(lengths, list) and all(full):
+        cu_seqlens = known_cu_seqlens(lengths, device)
+    elif all(full[:-1]):
         offset, cu = 0, [parts[0].cu_seqlens]
         for before, part in itertools.pairwise(parts):
             offset += before.rows
@@ -314,15 +338,6 @@ def cat_tokens(parts: Sequence[PackedTokens]) -> PackedTokens:
         values = values.masked_fill(tail.reshape(-1, *[1] * (values.ndim - 1)), 0)
         ids = ids.index_select(0, source).masked_fill(tail, -1)
         size = size.index_select(0, source).masked_fill(tail, 0)
-    every = [host_lengths(part.lengths) for part in parts]
-    only = every[0]
-    lengths: Lengths = None
-    if isinstance(only, int) and all(host == only for host in every):
-        lengths = only
-    elif not torch.compiler.is_compiling() and None not in every:
-        lengths = []
-        for host, part in zip(every, parts, strict=True):
-            lengths += [host] * part.num_sequences if isinstance(host, int) else host or ()
     return PackedTokens(values, cu_seqlens, ids, size, max(p.max_seqlen for p in parts), lengths)
 
 
@@ -340,6 +355,7 @@ def split_tokens(tokens: PackedTokens, like: Sequence[PackedTokens]) -> list[Pac
 
 def take_rows(tokens: PackedTokens, rows: Tensor, lengths: Sequence[int] | int) -> PackedTokens:
     """Some rows of each sequence: rows (n,) int64, ascending; lengths, on the host, how many of each sequence."""
-    cu_seqlens = torch.searchsorted(rows, tokens.cu_seqlens.long(), out_int32=True)
+    each = (lengths,) * tokens.num_sequences if isinstance(lengths, int) else lengths
+    cu_seqlens = known_cu_seqlens(each, rows.device)
     values, ids, size = (x.index_select(0, rows) for x in (tokens.values, tokens.ids, tokens.size))
     return packed_ragged(values, cu_seqlens, ids=ids, size=size, lengths=lengths)

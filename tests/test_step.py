@@ -96,9 +96,8 @@ def settled(recipe, monkeypatch):
     Two ways of computing then choose the same, whatever they round, and the rest can be compared. What is left of the
     selector is its gate.
     """
-    monkeypatch.setattr(
-        steps, "contrast_scores", lambda model, text, video: text.new_zeros(len(text), len(video), dtype=torch.float32)
-    )
+    draw = steps.hard_negatives
+    monkeypatch.setattr(steps, "hard_negatives", lambda scores, *rest: draw(torch.zeros_like(scores), *rest))
     recipe = with_prune(recipe, score="random")
     selector = dataclasses.replace(recipe.model.selector, score="random")
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, selector=selector))
@@ -350,7 +349,7 @@ def test_each_pair_is_fused_as_if_alone(setup, images, monkeypatch):
     model, b = model_of(recipe, tokenizer, "auto"), len(batch)
     with torch.no_grad():
         training_step(model, recipe, batch)
-        (((_, _, _, video, features, words, same), (pairs, masked)),) = calls
+        (((_, _, _, video, features, words, same, _), (pairs, masked)),) = calls
         scores = model.heads["vtc"].scores(features["contrast"], video.features)
         negatives, _ = steps.hard_negatives(scores, same, recipe.objectives["vtm"].negatives, recipe.seed, batch.step)
 

@@ -24,6 +24,7 @@ from benchmarks.static import padded_attention
 from smaug import ops
 from smaug.kernels import launch
 from smaug.kernels.launch import Launch
+from smaug.ops.noise import noise
 from smaug.ops.warmup import OnKernels
 from smaug.tokens import PackedTokens
 
@@ -128,6 +129,10 @@ def masks(grid: tuple[int, int, int], keep: int, kind: Any = "random") -> None:
     ops.random_mask(samples, grid, keep, kind=kind, seed=seed, draw=seed)
 
 
+def random_numbers(rows: int, columns: int) -> None:
+    noise(floats(rows, columns), seed=0)
+
+
 def moved_rows(d: int, dtype: torch.dtype = BF16) -> None:
     """gather and scatter with what fills the holes, and their gradients."""
     sequences, length, kept = 2, 400, 40
@@ -175,6 +180,7 @@ def cases() -> list[Case]:
         case(name, masks, grid, keep)
     for kind in ("tube", "block", "frame"):
         case(f"base, {kind}", masks, (8, 14, 14), 392, kind)
+    case("negatives", random_numbers, 2, 64)
     for name, d in (("tiny", 128), ("base", 768)):
         case(name, moved_rows, d)
         case(f"{name}, count", pruned, d, keep=137, fuse="mean")

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from smaug.model.layers import Block, init_linear
 from smaug.model.video_encoder import VideoEncoderConfig
@@ -52,10 +53,10 @@ class Decoder(nn.Module):
         """
         states = torch.cat([self.enter(states) for states, _ in visible], dim=1)
         ids = torch.cat([ids for _, ids in visible] + [ids_masked], dim=1)
-        place = self.position[ids.long()].to(states.dtype)
+        place = F.embedding(ids, self.position).to(states.dtype)
         masks = self.mask_token.to(states.dtype).expand(*ids_masked.shape, -1)
         x = torch.cat([states, masks], dim=1) + place
-        tokens = packed_uniform(x.flatten(0, 1), x.shape[1])
+        tokens = packed_uniform(x.flatten(0, 1), x.shape[1], ids=ids.flatten())
         for block in self.blocks[:-1]:
             tokens = block(tokens)
         rebuilt = x[:, states.shape[1] :]

@@ -199,9 +199,9 @@ class VideoEncoder(nn.Module):
             scores = torch.cat([scores.view(-1, length)[:, :-fused], scores.new_full((1, fused), float("inf")).expand(
                 tokens.num_sequences, -1)], dim=1).flatten()  # fmt: skip
         kept, _, dropped = ops.select_tokens(tokens, scores, keep=keep + fused, prefix=1, fuse=fuse, impl=self.impl)
-        rows = dropped.view(tokens.num_sequences, leave)
-        gone = (tokens.values[rows.long()], tokens.ids[rows.long()])
-        return kept, gone, fused + (fuse is not None)
+        shape = (tokens.num_sequences, leave)
+        states, ids = (x.index_select(0, dropped).unflatten(0, shape) for x in (tokens.values, tokens.ids))
+        return kept, (states, ids), fused + (fuse is not None)
 
     def _summarise(
         self,
@@ -211,34 +211,50 @@ class VideoEncoder(nn.Module):
         fused: int,
     ) -> EncodedVideo:
         sizes = [(len(v), self.config.sequences(v.shape[1])) for v, _ in groups]
-        rows = tokens.first_rows()
         values = tokens.values
+        cls, patches, melted = self._apart(values, tokens, fused)
         if self.temporal:
-            summaries = values.index_select(0, rows)
             parts = []
-            for (clips, times), part in zip(sizes, summaries.split([c * t for c, t in sizes]), strict=True):
+            for (clips, times), part in zip(sizes, self._by_group(cls, sizes), strict=True):
                 when = resample_time(self.time, times).to(part.dtype)
                 parts.append(packed_uniform((part.view(clips, times, -1) + when).flatten(0, 1), times))
             moments = cat_tokens(parts)
             for block in self.temporal:
                 moments = block(moments)
-            values = values.index_copy(0, rows, moments.values)
+            if isinstance(tokens.lengths, int):
+                values = torch.cat([moments.values[:, None], patches, melted], dim=1).flatten(0, 1)
+            else:
+                values = values.index_copy(0, tokens.first_rows().long(), moments.values)
         frames = tokens.with_values(self.norm(values))
-        summaries = frames.values.index_select(0, rows)
+        if isinstance(tokens.lengths, int):
+            summaries = frames.values.unflatten(0, (-1, tokens.lengths))[:, 0]
+        else:
+            summaries = frames.values.index_select(0, tokens.first_rows())
 
         features, frame_ids, first = [], [], 0
         most = max(times for _, times in sizes)
-        for (clips, times), part in zip(sizes, summaries.split([c * t for c, t in sizes]), strict=True):
+        for (clips, times), part in zip(sizes, self._by_group(summaries, sizes), strict=True):
             features.append(part.view(clips, times, -1).mean(1))
-            ids = torch.arange(first, first + clips * times, dtype=torch.int32, device=rows.device).view(clips, times)
-            frame_ids.append(F.pad(ids, (0, most - times), value=-1))
+            ids = torch.arange(first, first + clips * times, dtype=torch.int32, device=values.device).view(clips, times)
+            frame_ids.append(F.pad(ids, (0, most - times), value=-1) if times < most else ids)
             first += clips * times
-        stayed = self._patches(tokens.values, tokens, fused), self._patches(tokens.ids, tokens, fused)
-        return EncodedVideo(torch.cat(features), frames, summaries, torch.cat(frame_ids), stayed, left)
+        stayed = patches, self._apart(tokens.ids, tokens, fused)[1]
+        if len(groups) > 1:
+            features, frame_ids = [torch.cat(features)], [torch.cat(frame_ids)]
+        return EncodedVideo(features[0], frames, summaries, frame_ids[0], stayed, left)
 
     @staticmethod
-    def _patches(x: Tensor, tokens: PackedTokens, fused: int) -> Tensor:
-        """Rows of patches, without [CLS] and fused tokens, (S, n, ...); nothing where lengths differ."""
+    def _by_group(x: Tensor, sizes: Sequence[tuple[int, int]]) -> Sequence[Tensor]:
+        """x (S, D) in parts of `clips * times` rows; itself where there is one, since a split copies its gradient."""
+        return [x] if len(sizes) == 1 else x.split([clips * times for clips, times in sizes])
+
+    @staticmethod
+    def _apart(x: Tensor, tokens: PackedTokens, fused: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows (T, ...) as those of [CLS] (S, ...), of patches (S, n, ...) and of fused tokens (S, fused, ...); none of
+        the latter two where lengths differ. Views where they do not: one copy of the gradient for all three."""
         if not isinstance(tokens.lengths, int):
-            return x[:0].unflatten(0, (1, 0))
-        return x.unflatten(0, (tokens.num_sequences, tokens.lengths))[:, 1 : tokens.lengths - fused]
+            none = x[:0].unflatten(0, (1, 0))
+            return x.index_select(0, tokens.first_rows()), none, none
+        sizes = [1, tokens.lengths - 1 - fused, fused]
+        cls, patches, melted = x.unflatten(0, (tokens.num_sequences, tokens.lengths)).split(sizes, dim=1)
+        return cls.squeeze(1), patches, melted

@@ -30,26 +30,28 @@ class Mvm:
             return seen.video.features.new_zeros((), dtype=torch.float32)
         chosen = [self._some(group, seen) for group in seen.removed]
         visible = [seen.video.stayed] + (seen.video.left if self.decoder.decoder_input == "exit" else [])
-        rebuilt = heads(visible, torch.cat([ids.flatten(0, 1) for ids in chosen]))
+        masked = [ids.flatten(0, 1) for ids in chosen]
+        rebuilt = heads(visible, torch.cat(masked) if len(masked) > 1 else masked[0])
         total = sum(ids.numel() for ids in chosen)
         losses = []
         # split, not slices: the gradient of a slice is a zero tensor of the whole
-        parts = rebuilt.split([len(ids) * ids.shape[1] for ids in chosen])
+        parts = rebuilt.split([len(ids) for ids in masked]) if len(masked) > 1 else [rebuilt]
         for group, ids, part in zip(seen.removed, chosen, parts, strict=True):
             pred = part.reshape(len(ids), ids[0].numel(), -1)
             tube = heads.tube
             if group.video.shape[1] == 1:  # an image: the mean over the tube's frames speaks for it
                 pred, tube = pred.unflatten(2, (3, tube[0], -1)).mean(3).flatten(2), (1, *tube[1:])
             loss = ops.pixel_loss(pred, group.video, ids.flatten(1), patch=tube)
-            losses.append(loss * (ids.numel() / total))
-        return torch.stack(losses).sum()
+            losses.append(loss * (ids.numel() / total) if len(parts) > 1 else loss)
+        return torch.stack(losses).sum() if len(parts) > 1 else losses[0]
 
     def _some(self, group: Removed, seen: Seen) -> Tensor:
         """A random part of what was removed, (B, sequences, R') int32, ascending in each sequence."""
         ids = group.ids.view(len(group.ids), group.sequences, -1)
         take = max(1, round(self.decoder.share * ids.shape[2]))
         # As `VideoMask.draw` numbers moments, so that a draw does not depend on the batch.
-        samples = group.samples[:, None] * MOMENTS + torch.arange(group.sequences, device=ids.device)
+        moment = torch.arange(group.sequences, device=ids.device)
+        samples = torch.add(moment, group.samples[:, None], alpha=MOMENTS)
         places, _ = ops.random_mask(
             samples.flatten(), (1, ids.shape[2]), take, seed=seen.seed, draw=seen.epoch, stream=DECODER_STREAM
         )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from smaug.model.video_encoder import EncodedVideo
 
@@ -49,3 +49,5 @@ class Seen:
     masked: Masked | None
     seed: int
     epoch: int
+    # (B, B) logits by contrast head, where they have been computed already, for the negatives
+    scores: Mapping[nn.Module, Tensor] = field(default_factory=dict)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smaug.model.layers import init_linear
 from smaug.model.model import ModelConfig
 from smaug.objectives.seen import Seen
+
+IGNORED = -100  # the label of a pair that does not count; cross_entropy's default
 
 
 @dataclass(frozen=True)
@@ -32,5 +35,5 @@ class Vtm:
 
     def __call__(self, heads: nn.Module, seen: Seen) -> Tensor:
         assert seen.pairs is not None
-        each = F.cross_entropy(heads(seen.pairs.features).float(), seen.pairs.labels, reduction="none")
-        return (each * seen.pairs.valid).sum() / seen.pairs.valid.sum()
+        labels = torch.where(seen.pairs.valid, seen.pairs.labels, IGNORED)
+        return F.cross_entropy(heads(seen.pairs.features).float(), labels, ignore_index=IGNORED)

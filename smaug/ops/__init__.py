@@ -11,6 +11,7 @@ from smaug.ops.gather_tokens import FLOPS as _gather_flops
 from smaug.ops.gather_tokens import gather_tokens, scatter_tokens
 from smaug.ops.implementation import load_kernels
 from smaug.ops.layer import SparseAttention
+from smaug.ops.noise import FLOPS as _noise_flops
 from smaug.ops.patch_embed import FLOPS as _patch_flops
 from smaug.ops.patch_embed import patch_embed
 from smaug.ops.pixel_loss import FLOPS as _pixel_flops
@@ -23,6 +24,7 @@ from smaug.ops.warmup import warmup
 
 _FLOPS: dict[Any, Any] = {
     **_mask_flops,
+    **_noise_flops,
     **_patch_flops,
     **_gather_flops,
     **_attention_flops,

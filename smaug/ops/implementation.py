@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
-KERNELS = ("attention", "gather_tokens", "patch_embed", "pixel_loss", "random_mask", "select_tokens")
+KERNELS = ("attention", "gather_tokens", "noise", "patch_embed", "pixel_loss", "random_mask", "select_tokens")
 
 _status = ""
 

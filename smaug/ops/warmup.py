@@ -19,6 +19,7 @@ from smaug import kernels
 _OPS = {
     "attention": ("attention", "attention_backward"),
     "gather_tokens": ("gather_tokens", "scatter_tokens", "scatter_fill_grad"),
+    "noise": ("noise",),
     "patch_embed": ("patch_embed", "patch_embed_backward"),
     "pixel_loss": ("pixel_loss", "pixel_loss_backward"),
     "random_mask": ("random_mask",),
@@ -27,7 +28,7 @@ _OPS = {
 
 
 @functools.cache
-def _launchers() -> dict[Any, Callable[..., Any]]:
+def launchers() -> dict[Any, Callable[..., Any]]:
     modules = {name: importlib.import_module(f"smaug.kernels.{name}") for name in _OPS}
     return {
         getattr(torch.ops.smaug, op).default: getattr(modules[name], op) for name, ops in _OPS.items() for op in ops
@@ -38,7 +39,7 @@ class OnKernels(TorchDispatchMode):
     """Sends the registered ops to their launchers, whatever the device of the tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _launchers().get(func, func)(*args, **(kwargs or {}))
+        return launchers().get(func, func)(*args, **(kwargs or {}))
 
 
 class _Address:

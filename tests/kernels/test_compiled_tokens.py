@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smaug.kernels import cubin, gather_tokens, launch, random_mask, select_tokens
+from smaug.kernels import cubin, gather_tokens, launch, noise, random_mask, select_tokens
 
 ARCHITECTURES = [80, 90]
 SEQUENCES = 1024
@@ -37,6 +37,16 @@ def moves_wide(kernel, stores=True):
     """Whether rows are moved by 128 bits a thread."""
     code = cubin.listing(kernel)
     return "LDG.E.128" in code and (not stores or "STG.E.128" in code)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_noise(architecture):
+    """One compiled kernel for every seed and step."""
+    like, found = meta(128, 128, dtype=torch.float32), []
+    for seed, draw in ((0, 0), (2**40 + 1, 16), (-1, 2**23)):
+        found += launches_of(lambda: noise.noise(like, seed, draw, 3), architecture, "_noise")  # noqa: B023
+        built(found[-1], architecture)
+    assert len({launch.specialisation(each, architecture) for each in found}) == 1
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

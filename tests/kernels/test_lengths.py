@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import smaug.ops  # noqa: F401  before the kernels: it defines the ops they are registered for
-from smaug.kernels import attention, gather_tokens, launch, patch_embed, pixel_loss, random_mask, select_tokens
+from smaug.kernels import attention, gather_tokens, launch, noise, patch_embed, pixel_loss, random_mask, select_tokens
 
 SETS = 50
 BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
@@ -27,6 +27,10 @@ def masks(r):
         keep = 8 * 196 // 2 if kind == "frame" else 8 * r.randint(1, 195)
         args = meta(number(r, 500), dtype=INT64), meta(dtype=INT64), meta(dtype=INT64)
         random_mask.random_mask(*args, 8, 14, 14, keep, kind, 0)
+
+
+def noises(r):
+    noise.noise(meta(number(r, 500), number(r, 500), dtype=BF16), r.choice([7, -(2**40)]), number(r, 10**6), 3)
 
 
 def moves(r):
@@ -93,7 +97,7 @@ def attends(r):
                 attention.attention_backward(*grads, *inputs[:3], o, lse, *inputs[3:], 0.125, True, [], [])
 
 
-RUNS = [masks, moves, selections, embeddings, attends]
+RUNS = [masks, noises, moves, selections, embeddings, attends]
 
 
 def variants(run, r, architecture):
@@ -111,7 +115,7 @@ def test_lengths_do_not_recompile(run, architecture):
 
 
 def test_every_kernel_is_among_them():
-    modules = attention, gather_tokens, patch_embed, pixel_loss, random_mask, select_tokens
+    modules = attention, gather_tokens, noise, patch_embed, pixel_loss, random_mask, select_tokens
     # device functions take what they are given, and say nothing of it
     kernels = {x.__name__ for m in modules for x in vars(m).values() if getattr(x, "do_not_specialize", None)}
     assert kernels == {name for run in RUNS for name, _ in variants(run, random.Random(0), 80)}

@@ -25,6 +25,11 @@ def random_mask():
         yield kind, (torch.arange(3), torch.tensor(1), torch.tensor(0), 2, 4, 4, 16, kind, 0)
 
 
+def noise():
+    for like in (torch.empty(3, 4), torch.empty(0, 2, dtype=torch.bfloat16)):
+        yield str(tuple(like.shape)), (like, 5, 2, 1)
+
+
 def _patches():
     """Videos of 2 x 2 x 2 patches, of both layouts and kinds of pixels, and the ids of some."""
     ids = torch.tensor([[0, 2, 5, 6], [1, 3, 4, 7]], dtype=torch.int32)
@@ -145,7 +150,7 @@ def pixel_loss_backward():
 MODES = {
     make.__name__: make
     for make in (
-        random_mask, patch_embed, patch_embed_backward, gather_tokens, scatter_tokens, scatter_fill_grad,
+        random_mask, noise, patch_embed, patch_embed_backward, gather_tokens, scatter_tokens, scatter_fill_grad,
         select_tokens, select_tokens_backward, attention, attention_backward, pixel_loss, pixel_loss_backward,
     )
 }  # fmt: skip
