@@ -322,7 +322,9 @@ def attention(
         o, lse, scores = _reference(q, k, v, cu_q, cu_k, pairs, segment_bias, key_bias, scale, key_scores or "")
     elif impl in ("auto", "triton"):
         refuse(impl, "attention", q)
-        o, lse, scores = _attention(
+        # What the dispatcher would call first is called at once; a compiler has to see the op itself.
+        call = _attention if torch.compiler.is_compiling() else _differentiable
+        o, lse, scores = call(
             *(q, k, v, cu_seqlens_q, cu_seqlens_k, kv_ids, segment_bias, key_bias),
             *(scale, key_scores or "", host_q, host_k),
         )

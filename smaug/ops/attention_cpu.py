@@ -55,7 +55,11 @@ class _Plan(NamedTuple):
     buckets: list[_Bucket]
     end_q: int  # where the tail of the queries begins
     covers_q: int  # rows that the buckets write
-    covers_k: int  # the same of keys, if each serves one query sequence
+    covers_k: int  # the same of keys; 0 where they may serve several query sequences
+
+    def is_all_of(self, q: Tensor, k: Tensor) -> bool:
+        """Whether q and k are the rectangles of one bucket as they are: equal lengths, in order, no tail."""
+        return len(self.buckets) == 1 and q.shape[0] == self.covers_q and k.shape[0] == self.covers_k
 
 
 def read_offsets(cu_seqlens: Tensor, lengths: Sequence[int]) -> np.ndarray:
@@ -129,7 +133,7 @@ def _plan_of(
             hidden = torch.from_numpy(np.where(kept_k, 0, -np.inf).astype(np.float32)).view(len(group), -1).to(device)
         surplus = None if kept_q is None else torch.from_numpy(np.flatnonzero(~kept_q)).to(device)
         buckets.append(_Bucket(len(group), q, k, index, hidden, surplus))
-        covers_q, covers_k = covers_q + int(len_q[group].sum()), covers_k + len(rows_k)
+        covers_q, covers_k = covers_q + int(len_q[group].sum()), covers_k + (len(rows_k) if kv_ids is None else 0)
     return _Plan(buckets, int(cu_q[-1]), covers_q, covers_k)
 
 
@@ -347,6 +351,11 @@ def forward(
         *(cu_seqlens_q, cu_seqlens_k, kv_ids, segment_bias is not None, lengths_q, lengths_k),
         0 if flash or key_scores else h,  # a mean over queries would have to leave out surplus ones
     )
+    if flash and plan.is_all_of(q, k):  # nothing but the call: beside a few short sequences Python's time shows
+        n = plan.buckets[0].sequences
+        q_, k_, v_ = (x.view(n, -1, h, e).transpose(1, 2) for x in (q, k, v))
+        o_, lse_ = torch._scaled_dot_product_flash_attention_for_cpu(q_, k_, v_, scale=scale)
+        return o_.transpose(1, 2).reshape(q.shape), lse_.transpose(0, 1).reshape(h, t_q), lse_.new_empty(0)
     o: Tensor | None = None
     lse: Tensor | None = None
     scores = q.new_zeros((k.shape[0] if key_scores else 0,), dtype=acc)
@@ -430,6 +439,15 @@ def backward(
     plan = _plan(
         *(cu_seqlens_q, cu_seqlens_k, kv_ids, segment_bias is not None, lengths_q, lengths_k), 0 if flash else h
     )
+    if flash and grad is not None and plan.is_all_of(q, k):
+        n = plan.buckets[0].sequences
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
+            *(x.view(n, -1, h, e).transpose(1, 2) for x in (grad, q, k, v, o)),
+            *(lse.view(h, n, -1).transpose(0, 1), 0.0, False),
+            scale=scale,
+        )
+        dq_, dk_, dv_ = (x.transpose(1, 2).reshape(y.shape) for x, y in zip(grads, (q, k, v), strict=True))
+        return dq_, dk_, dv_, *(lse.new_empty(0) for _ in range(2))
     shared = kv_ids is not None  # a key row may serve several query sequences, so its gradients are summed
     dq: Tensor | None = None
     dk, dv = (x.new_zeros(x.shape, dtype=acc) if shared else None for x in (k, v))
