@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._functorch import config as functorch_config
 from torch.utils.flop_counter import (
     FlopCounterMode,
     flop_registry,
@@ -32,6 +33,7 @@ from benchmarks.timing import peak_memory
 
 del sys.path[0]  # or transformers would take our folder `kernels` for its own package
 
+functorch_config.donated_buffer = False  # else a compiled function's backward runs once, and cannot be timed alone
 SECONDS = 0.4  # of timing for each number, unless --full asks for more
 VERSIONS = {name: importlib.metadata.version(name) for name in ("smaug", "torch", "triton")}
 

@@ -8,13 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._functorch import config as functorch_config
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch.profiler import ProfilerActivity, profile
 
 PASSES = ("forward", "backward", "step")  # step is forward and backward together
-
-functorch_config.donated_buffer = False  # else a compiled function's backward runs once, and cannot be timed alone
 
 
 def pass_of(name: str, run: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor) -> Callable[[], object]:
