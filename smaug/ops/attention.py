@@ -259,10 +259,11 @@ def attention(
     Gradients, with g that of o: dP = g v^T, delta = rowsum(P * dP), dS = P * (dP - delta + dlse). Sums are fp32.
     Deterministic. Cost 4 * H * E * sum(len_q * len_k) FLOPs forward, 2.5 times that backward.
 
-    impl "auto": on a CPU, sequences of one shape in one call, matrix products in chunks that fit the cache or torch's
-    CPU flash kernel, whichever was measured faster. 16-bit products round the logits to 16 bits, as eager PyTorch
-    does. "reference": the formula in a loop; reads cu_seqlens on the host unless lengths are given. "torch",
-    "flash_attn", "xformers": those kernels, without ids, biases, lse or scores. FlashAttention, Dao et al. 2022.
+    impl "auto": on a CPU (`attention_cpu.py`), sequences of one shape or of neighbouring lengths in one call: matrix
+    products in chunks that fit the cache or torch's CPU flash kernel, whichever was measured faster. 16-bit products
+    round the logits to 16 bits, as eager PyTorch does. "reference": the formula in a loop; reads cu_seqlens on the host
+    unless lengths are given. "torch", "flash_attn", "xformers": those kernels, without ids, biases, lse or scores.
+    FlashAttention, Dao et al. 2022.
     """
     if causal:
         raise ValueError(
