@@ -31,7 +31,7 @@ def test_every_kernel_passes_the_gate():
 
 def test_a_variant_of_each_kernel_compiles_to_the_same(variants):
     chosen, kept = table.sample(variants), table.read()
-    assert len(chosen) <= 20
+    assert len(chosen) <= 40
     changed = {key: table.changes(kept.get(key), row) for key, row in table.make(chosen, {}, with_work=False).items()}
     assert {key: found for key, found in changed.items() if found} == {}
 
