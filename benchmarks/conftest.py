@@ -1,6 +1,6 @@
 """What pytest sees in every benchmark: the fixture that times and notes, and the option for the whole sweep.
 
-pytest benchmarks/ --benchmark-only                      # ten minutes on two cores
+pytest benchmarks/ --benchmark-only                      # under four minutes on two cores
 pytest benchmarks/ --benchmark-only --full               # every point
 pytest benchmarks/ --benchmark-only --benchmark-json=x.json && python -m benchmarks.plots x.json
 """
