@@ -19,6 +19,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -26,11 +27,10 @@ import tyro
 from benchmarks.attention_rivals import (
     BATCH,
     DISTRIBUTIONS,
-    HEADS,
     KEEP,
     PROVIDERS,
-    WIDTH,
     Unavailable,
+    inputs,
     lengths_of,
 )
 from benchmarks.timing import pass_of
@@ -45,15 +45,13 @@ SLOW = 8.0  # a rival this many times slower than the fastest is timed once
 
 def race(lengths: list[int], dtype: torch.dtype, passed: str, seconds: float) -> dict[str, float]:
     """Milliseconds by provider, the least of its rounds; none where it cannot run."""
-    generator = torch.Generator().manual_seed(1)
-    shape = sum(lengths), HEADS, WIDTH
-    *leaves, grad = (torch.randn(shape, generator=generator).to(dtype) for _ in range(4))
+    *leaves, grad = (x.detach() for x in inputs(lengths, dtype))
     runs = {}
     for name in NAMES:
-        inputs = [x.clone().requires_grad_() for x in leaves]
+        own = [x.clone().requires_grad_() for x in leaves]
         try:
             with torch.set_grad_enabled(passed != "forward"):
-                runs[name] = pass_of(passed, PROVIDERS[name](*inputs, lengths), inputs, grad)
+                runs[name] = pass_of(passed, PROVIDERS[name](*own, lengths), own, grad)
         except Unavailable:
             continue
         runs[name]()
@@ -61,14 +59,11 @@ def race(lengths: list[int], dtype: torch.dtype, passed: str, seconds: float) ->
     began, done = time.perf_counter(), 0
     while done < ROUNDS[0] or (done < ROUNDS[1] and time.perf_counter() - began < seconds):
         best = min(least.values())
-        for name in order.sample(NAMES, len(NAMES)):
-            run = runs.get(name)
-            if run is None:
-                continue
+        for name in order.sample(list(runs), len(runs)):
             if done and least[name] > SLOW * best:
                 continue
             start = time.perf_counter()
-            run()
+            runs[name]()
             least[name] = min(least[name], 1e3 * (time.perf_counter() - start))
         done += 1
     return least
@@ -98,8 +93,8 @@ def table(rows: list[dict[str, str]]) -> str:
 def main(
     report: bool = False,
     seconds: float = 1.5,
-    dtypes: tuple[str, ...] = ("fp32", "bf16"),
-    passes: tuple[str, ...] = ("forward", "step"),
+    dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16"),
+    passes: tuple[Literal["forward", "step"], ...] = ("forward", "step"),
 ) -> None:
     """Race on a CPU.
 

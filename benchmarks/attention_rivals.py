@@ -47,6 +47,13 @@ def lengths_of(distribution: str, keep: float, batch: int) -> list[int]:
     return [max(1, min(4 * mean, round(-mean * float((1 - u).log())))) for u in draw]
 
 
+def inputs(lengths: list[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> list[Tensor]:
+    """q, k, v and the gradient of o, the same for everybody; they require gradients."""
+    generator = torch.Generator().manual_seed(1)
+    shape = sum(lengths), HEADS, WIDTH
+    return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(4)]
+
+
 def smaug(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Run:
     cu, host = offsets(lengths, q.device), tuple(lengths)
     return lambda: ops.attention(q, k, v, cu, lengths_q=host)
@@ -154,22 +161,13 @@ def _elsewhere(module: str, name: str, q: Tensor):
     return function
 
 
-def torch_varlen(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Run:
-    function, cu, longest = (
-        _elsewhere("torch.nn.attention.varlen", "varlen_attn", q),
-        offsets(lengths, q.device),
-        max(lengths),
-    )
+def _varlen(module: str, name: str, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Run:
+    function, cu, longest = _elsewhere(module, name, q), offsets(lengths, q.device), max(lengths)
     return lambda: function(q, k, v, cu, cu, longest, longest)
 
 
-def flash_attn(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Run:
-    function, cu, longest = (
-        _elsewhere("flash_attn", "flash_attn_varlen_func", q),
-        offsets(lengths, q.device),
-        max(lengths),
-    )
-    return lambda: function(q, k, v, cu, cu, longest, longest)
+torch_varlen = functools.partial(_varlen, "torch.nn.attention.varlen", "varlen_attn")
+flash_attn = functools.partial(_varlen, "flash_attn", "flash_attn_varlen_func")
 
 
 def xformers(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Run:

@@ -10,19 +10,13 @@ import pytest
 import torch
 
 from benchmarks import attention_rivals as rivals
-from benchmarks.attention_rivals import BATCH, DISTRIBUTIONS, HEADS, KEEP, PROVIDERS, WIDTH, Unavailable, lengths_of
+from benchmarks.attention_rivals import BATCH, DISTRIBUTIONS, KEEP, PROVIDERS, Unavailable, lengths_of
 from benchmarks.timing import PASSES, pass_of
 from smaug.testing import relative_error
 
 SHORT = {("equal", 0.1, 64), ("spread", 0.1, 64), ("spread", 0.4, 16)}  # without --full, besides bf16 alone
 POINTS = [(d, k, b) for d in DISTRIBUTIONS for k in KEEP for b in BATCH]
 COMPILED = {"eager_compiled", "flex"}
-
-
-def _inputs(lengths, dtype, device):
-    generator = torch.Generator().manual_seed(1)
-    shape = sum(lengths), HEADS, WIDTH
-    return [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(4)]
 
 
 def _case(point, dtype, passed):
@@ -38,7 +32,7 @@ def _case(point, dtype, passed):
 )
 def test_attention(timed, device, point, dtype, passed, provider):
     lengths = lengths_of(*point)
-    *leaves, grad = _inputs(lengths, dtype, device)
+    *leaves, grad = rivals.inputs(lengths, dtype, device)
     with torch.set_grad_enabled(passed != "forward"):
         try:
             run = PROVIDERS[provider](*leaves, lengths)
@@ -72,7 +66,7 @@ def test_flex_mask(timed, device, point):
 def test_compile(benchmark, device, provider):
     """The first call of a compiled provider, nothing cached on disk: what torch.compile costs for each new shape."""
     lengths = lengths_of("spread", 0.1, 64)
-    *leaves, _ = _inputs(lengths, torch.float32, device)
+    *leaves, _ = rivals.inputs(lengths, torch.float32, device)
 
     def first() -> None:
         torch.compiler.reset()

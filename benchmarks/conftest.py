@@ -71,7 +71,6 @@ def timed(benchmark, device, request):
         shape: str,
         dtype: torch.dtype,
         least_bytes: int | None = None,
-        rounds: int | None = None,
         countable: bool = True,
     ) -> None:
         def once() -> None:
@@ -94,7 +93,7 @@ def timed(benchmark, device, request):
         once()
         seconds = SECONDS * (5 if request.config.getoption("--full") else 1)
         fit = max(3, min(200, math.ceil(seconds / (time.perf_counter() - began))))
-        benchmark.pedantic(once, rounds=rounds or fit, warmup_rounds=1)
+        benchmark.pedantic(once, rounds=fit, warmup_rounds=1)
         benchmark.group = f"{request.node.originalname} {shape} {dtype}"
         benchmark.extra_info |= VERSIONS | {
             "machine": describe(device),

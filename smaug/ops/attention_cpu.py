@@ -274,6 +274,25 @@ def _flash_is_best(q: Tensor, group: int, biases: bool) -> bool:
     return q.device.type == "cpu" and group == 1 and not biases and q.dtype in (torch.float16, torch.float32)
 
 
+def _flash(q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float) -> tuple[Tensor, Tensor]:
+    """torch's CPU flash kernel on (sequences * L, H, E) -> o (sequences, L, H, E), lse (H, sequences * L)."""
+    q_, k_, v_ = (x.view(sequences, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    o, lse = torch._scaled_dot_product_flash_attention_for_cpu(q_, k_, v_, scale=scale)
+    return o.transpose(1, 2), lse.transpose(0, 1).reshape(q.shape[1], -1)
+
+
+def _flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, sequences: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, each (sequences, L, H, E)."""
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
+        *(x.view(sequences, -1, *x.shape[1:]).transpose(1, 2) for x in (grad, q, k, v, o)),
+        *(lse.view(lse.shape[0], sequences, -1).transpose(0, 1), 0.0, False),
+        scale=scale,
+    )
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
 def _steps(bucket: _Bucket, heads: int) -> tuple[int, int]:
     """Sequences of a chunk and, where one sequence is much more than that, its queries."""
     a_sequence = bucket.q.length * bucket.k.length * heads
@@ -352,10 +371,8 @@ def forward(
         0 if flash or key_scores else h,  # a mean over queries would have to leave out surplus ones
     )
     if flash and plan.is_all_of(q, k):  # nothing but the call: beside a few short sequences Python's time shows
-        n = plan.buckets[0].sequences
-        q_, k_, v_ = (x.view(n, -1, h, e).transpose(1, 2) for x in (q, k, v))
-        o_, lse_ = torch._scaled_dot_product_flash_attention_for_cpu(q_, k_, v_, scale=scale)
-        return o_.transpose(1, 2).reshape(q.shape), lse_.transpose(0, 1).reshape(h, t_q), lse_.new_empty(0)
+        o_, lse_ = _flash(q, k, v, plan.buckets[0].sequences, scale)
+        return o_.reshape(q.shape), lse_, lse_.new_empty(0)
     o: Tensor | None = None
     lse: Tensor | None = None
     scores = q.new_zeros((k.shape[0] if key_scores else 0,), dtype=acc)
@@ -366,10 +383,9 @@ def forward(
         n, nq, nk = bucket.sequences, bucket.q.length, bucket.k.length
         qs, ks, vs = _take(q, bucket.q.shown), _take(k, bucket.k.shown), _take(v, bucket.k.shown)
         if flash:
-            q_, k_, v_ = (x.view(n, -1, h, e).transpose(1, 2) for x in (qs, ks, vs))
-            o_, lse_ = torch._scaled_dot_product_flash_attention_for_cpu(q_, k_, v_, scale=scale)
-            o = _put(o, q, plan.covers_q, bucket.q, o_.transpose(1, 2))
-            lse = _put_lse(lse, t_q, plan, bucket.q, lse_.transpose(0, 1).reshape(h, -1))
+            o_, lse_ = _flash(qs, ks, vs, n, scale)
+            o = _put(o, q, plan.covers_q, bucket.q, o_)
+            lse = _put_lse(lse, t_q, plan, bucket.q, lse_)
             continue
         bias = _bias(bucket, heads_kv, segment_bias, key_bias, acc)
         o, os = _place(o, q, plan.covers_q, bucket.q, n * nq)
@@ -440,14 +456,8 @@ def backward(
         *(cu_seqlens_q, cu_seqlens_k, kv_ids, segment_bias is not None, lengths_q, lengths_k), 0 if flash else h
     )
     if flash and grad is not None and plan.is_all_of(q, k):
-        n = plan.buckets[0].sequences
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
-            *(x.view(n, -1, h, e).transpose(1, 2) for x in (grad, q, k, v, o)),
-            *(lse.view(h, n, -1).transpose(0, 1), 0.0, False),
-            scale=scale,
-        )
-        dq_, dk_, dv_ = (x.transpose(1, 2).reshape(y.shape) for x, y in zip(grads, (q, k, v), strict=True))
-        return dq_, dk_, dv_, *(lse.new_empty(0) for _ in range(2))
+        dq_, dk_, dv_ = _flash_backward(grad, q, k, v, o, lse, plan.buckets[0].sequences, scale)
+        return dq_.reshape(q.shape), dk_.reshape(k.shape), dv_.reshape(v.shape), lse.new_empty(0), lse.new_empty(0)
     shared = kv_ids is not None  # a key row may serve several query sequences, so its gradients are summed
     dq: Tensor | None = None
     dk, dv = (x.new_zeros(x.shape, dtype=acc) if shared else None for x in (k, v))
@@ -461,12 +471,7 @@ def backward(
         qs, ks, vs = _take(q, bucket.q.shown), _take(k, bucket.k.shown), _take(v, bucket.k.shown)
         gs, lse_ = _take(grad, bucket.q.shown), _take(lse, bucket.q.shown, 1)
         if flash:
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(
-                *(x.view(n, -1, h, e).transpose(1, 2) for x in (gs, qs, ks, vs, _take(o, bucket.q.shown))),
-                *(lse_.view(h, n, nq).transpose(0, 1), 0.0, False),
-                scale=scale,
-            )
-            dq_, dk_, dv_ = (x.transpose(1, 2) for x in grads)
+            dq_, dk_, dv_ = _flash_backward(gs, qs, ks, vs, _take(o, bucket.q.shown), lse_, n, scale)
             dq = _put(dq, q, plan.covers_q, bucket.q, dq_)
             if shared:
                 _add(dk, bucket.k.shown, dk_)

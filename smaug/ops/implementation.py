@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
-KERNELS = ("attention", "gather_tokens", "noise", "patch_embed", "pixel_loss", "random_mask", "select_tokens")
+KERNELS = {  # by file of smaug.kernels, the registered ops it has launchers for
+    "attention": ("attention", "attention_backward"),
+    "gather_tokens": ("gather_tokens", "scatter_tokens", "scatter_fill_grad"),
+    "noise": ("noise",),
+    "patch_embed": ("patch_embed", "patch_embed_backward"),
+    "pixel_loss": ("pixel_loss", "pixel_loss_backward"),
+    "random_mask": ("random_mask",),
+    "select_tokens": ("select_tokens", "select_tokens_backward"),
+}
 
 _status = ""
 

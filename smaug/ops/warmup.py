@@ -15,23 +15,14 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from smaug import kernels
-
-_OPS = {
-    "attention": ("attention", "attention_backward"),
-    "gather_tokens": ("gather_tokens", "scatter_tokens", "scatter_fill_grad"),
-    "noise": ("noise",),
-    "patch_embed": ("patch_embed", "patch_embed_backward"),
-    "pixel_loss": ("pixel_loss", "pixel_loss_backward"),
-    "random_mask": ("random_mask",),
-    "select_tokens": ("select_tokens", "select_tokens_backward"),
-}
+from smaug.ops.implementation import KERNELS
 
 
 @functools.cache
 def launchers() -> dict[Any, Callable[..., Any]]:
-    modules = {name: importlib.import_module(f"smaug.kernels.{name}") for name in _OPS}
+    modules = {name: importlib.import_module(f"smaug.kernels.{name}") for name in KERNELS}
     return {
-        getattr(torch.ops.smaug, op).default: getattr(modules[name], op) for name, ops in _OPS.items() for op in ops
+        getattr(torch.ops.smaug, op).default: getattr(modules[name], op) for name, ops in KERNELS.items() for op in ops
     }
 
 
