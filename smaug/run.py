@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
 from smaug import checkpoint, recipe
-from smaug.data.clips import Clips, open_manifest, open_shapes
+from smaug.data.clips import CPU, Clips, open_manifest, open_shapes
 from smaug.data.loader import Loader
 from smaug.device import Way, choose
 from smaug.model.model import Model
@@ -83,12 +84,12 @@ def open_loader(recipe: Recipe, clips: Clips, tokenizer: Tokenizer) -> Loader:
     )
 
 
-def open_split(recipe: Recipe, split: str, console: Console) -> Clips:
+def open_split(recipe: Recipe, split: str, console: Console, device: torch.device = CPU) -> Clips:
     """The clips to train on (`train`), or those to evaluate on. Says what they are, and builds `shapes` if needed."""
     size, data = recipe.model.video.image_size, recipe.data
     if data.manifest:
         own = split != "train" and data.eval_manifest
-        clips = open_manifest(data.eval_manifest if own else data.manifest, data, size)
+        clips = open_manifest(data.eval_manifest if own else data.manifest, data, size, device)
         videos = sum(s.kind == "video" for s in clips.samples)
         what = f"{clips.name}, {videos} videos and {len(clips) - videos} images"
         if split != "train" and not own:
@@ -104,7 +105,7 @@ def open_split(recipe: Recipe, split: str, console: Console) -> Clips:
                         console.print(f"data       {what}: {total} clips", highlight=False)
                 bars.update(tasks[what], completed=done)
 
-            clips = open_shapes(split, data, size, report)
+            clips = open_shapes(split, data, size, report, device)
         what = f"{clips.name}, {len(clips)} clips"
     console.print(f"{'data' if split == 'train' else 'evaluated':<11}{what}", highlight=False, soft_wrap=True)
     return clips

@@ -144,7 +144,7 @@ def run(options: Options, size: str, command: str) -> int:
     )
     console.print(f"run        {folder}", highlight=False, soft_wrap=True)
 
-    clips, held_out = open_split(recipe, "train", console), open_split(recipe, "test", console)
+    clips, held_out = (open_split(recipe, split, console, way.device) for split in ("train", "test"))
     tokenizer = _tokenizer(folder, clips, recipe, options.resume)
     if not options.resume:
         config = {

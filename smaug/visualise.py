@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from smaug.data import text
-from smaug.data.loader import VisualGroup, in_views, middle_frames
+from smaug.data.frames import in_views
+from smaug.data.loader import VisualGroup, middle_frames
 from smaug.data.shapes import DamagedError
 from smaug.model.decoder import Decoder
 from smaug.model.model import Model
@@ -66,7 +67,7 @@ def main() -> int:
         if not options.out.parent.is_dir():
             raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
         run = load_run(options.run, options.device)
-        clips = open_split(run.recipe, options.split, console)
+        clips = open_split(run.recipe, options.split, console, run.way.device)
         if not 0 <= options.clip < len(clips):
             raise ValueError(f"--clip {options.clip}: {clips.name} has the clips 0 to {len(clips) - 1}")
         config = run.model.video.config
@@ -121,7 +122,7 @@ def look(model: Model, recipe: Recipe, clip: VisualGroup, words: PackedTokens) -
         rebuilt = rebuild(model, recipe, video, ids_keep, ids_removed)
     return Shown(
         frames=clip.video[0].numpy(),
-        times=in_views(np.arange(count), config.view).reshape(grid[0], -1),
+        times=np.array(in_views(list(range(count)), config.view)).reshape(grid[0], -1),
         visible=visible,
         kept=after_pruning(config, whole, count),
         selected=selected,

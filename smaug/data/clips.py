@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
 
 from smaug.data import shapes
-from smaug.data.decode import read_frames, read_image
+from smaug.data.decode import Decoder, Got, Want, open_decoder
+from smaug.data.decode.choose import Choice
+from smaug.data.decode.contract import MAX_SECONDS
+from smaug.data.frames import Crop, FrameSampler, Pick
 from smaug.data.manifest import ManifestError, Sample, Skip, check_files, read_manifest
 
-Pick = Callable[[int], Sequence[int]]  # of the number of a clip's frames: the indices wanted
+View = tuple[Pick, Crop | None, bool]  # which frames of a clip, which part of them, and whether left is right
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,23 @@ class DataConfig:
     caption_column: str = "caption"
     shapes: tuple[int, int, int] = (6000, 500, 500)  # clips of the embedded set: train, val, test (the last two even)
     batch: int = 64  # pairs a step
+    decoder: Choice = "auto"  # who reads videos; one that is named is used, or the run does not begin
+    sampler: FrameSampler = FrameSampler()
+    crop: tuple[float, float] | None = (
+        0.5,
+        1.0,
+    )  # least and greatest share of a frame; none: the middle square. Files only
+    flip: Literal["auto", "always", "never"] = (
+        "auto"  # half of the clips; auto: but those whose captions say left or right
+    )
+    image_share: float | None = (
+        None  # of the batches, made of images alone; none: they come mixed, as the order has them
+    )
     cache: bool = True  # read the embedded set from its decoded map; without it every clip is decoded live
     max_bad: float = 0.05  # share of unusable files above which a run stops
     vocabulary: int = 8192  # word pieces at most
     workers: int = 2  # decoding threads
+    clip_seconds: float = MAX_SECONDS  # a clip that takes longer to decode is skipped
 
 
 @dataclass
@@ -40,25 +59,33 @@ class Clips:
 
     name: str
     samples: list[Sample]
-    size: int  # pixels of the square frames that `read` returns
+    size: int  # pixels of the square frames
+    decoder: Decoder
     frames: np.ndarray | None = None  # (clips, frames, size, size, 3) uint8, if all is decoded already
     subsets: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (clips,) bool
     skipped: list[Skip] = field(default_factory=list)  # found unusable before any was decoded
+    augmented: bool = False  # whether training may crop and flip
+    sampler: FrameSampler = FrameSampler()
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def read(self, number: int, pick: Pick) -> np.ndarray:
-        """(F, size, size, 3) uint8 of one clip; an image has one frame, whatever is picked. Raises DecodeError."""
+    def read(self, numbers: Sequence[int], views: Sequence[View]) -> list[Got]:
+        """(F, size, size, 3) uint8 of each clip on the decoder's device, or why not; an image has one frame."""
         if self.frames is not None:
-            return self.frames[number, list(pick(self.frames.shape[1]))]
-        sample = self.samples[number]
-        return (
-            read_image(sample.path, self.size) if sample.kind == "image" else read_frames(sample.path, pick, self.size)
-        )
+            times = np.arange(self.frames.shape[1]) / shapes.RATE
+            return [
+                Got(torch.from_numpy(self.frames[number, list(pick(times))]), "", "map")
+                for number, (pick, _, _) in zip(numbers, views, strict=True)
+            ]
+        wants = [
+            Want(self.samples[number].path, self.samples[number].kind, *view)
+            for number, view in zip(numbers, views, strict=True)
+        ]
+        return self.decoder.decode(wants, self.size)
 
 
-def open_shapes(split: str, config: DataConfig, size: int, report: shapes.Report) -> Clips:
+def open_shapes(split: str, config: DataConfig, size: int, report: shapes.Report, device: torch.device = CPU) -> Clips:
     """The embedded data set, built on first use."""
     folder = shapes.build(config.shapes, report)
     rows = [json.loads(line) for line in (folder / f"{split}.jsonl").open()]
@@ -66,12 +93,13 @@ def open_shapes(split: str, config: DataConfig, size: int, report: shapes.Report
         name=f"shapes {split}",
         samples=[Sample(folder / r["video"], "video", (r["caption"],), r["video"]) for r in rows],
         size=size,
+        decoder=_decoder(config, device),
         frames=shapes.decoded(folder, split, size, report) if config.cache else None,
         subsets={"new_combinations": np.array([r["new_combination"] for r in rows])} if split != "train" else {},
     )
 
 
-def open_manifest(paths: Sequence[Path], config: DataConfig, size: int) -> Clips:
+def open_manifest(paths: Sequence[Path], config: DataConfig, size: int, device: torch.device = CPU) -> Clips:
     """One's own data. Missing files are listed in `skipped`; too many of them end the run here."""
     skipped: list[Skip] = []
     columns = (config.video_column, config.image_column, config.caption_column)
@@ -79,7 +107,19 @@ def open_manifest(paths: Sequence[Path], config: DataConfig, size: int) -> Clips
     total = len(samples)
     samples, missing = check_files(samples)
     check_share(missing, total, config.max_bad)
-    return Clips(" + ".join(p.name for p in paths), samples, size, skipped=[*skipped, *missing])
+    return Clips(
+        " + ".join(p.name for p in paths),
+        samples,
+        size,
+        _decoder(config, device),
+        skipped=[*skipped, *missing],
+        augmented=True,
+        sampler=config.sampler,
+    )
+
+
+def _decoder(config: DataConfig, device: torch.device) -> Decoder:
+    return open_decoder(config.decoder, device, config.workers, config.clip_seconds)
 
 
 def check_share(bad: Sequence[Skip], total: int, limit: float) -> None:

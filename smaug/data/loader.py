@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import math
 import queue
 import threading
 from collections.abc import Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from smaug.data import text
-from smaug.data.clips import Clips, DataConfig, check_share
-from smaug.data.decode import DecodeError, middle_segments, random_segments
+from smaug.data.clips import Clips, DataConfig, View, check_share
+from smaug.data.frames import draw_crop, tells_sides
 from smaug.data.manifest import ManifestError, Skip
 from smaug.masks import MLM_STREAM, TextMask
 from smaug.tokens import PackedTokens
@@ -74,10 +75,12 @@ class Batch:
 
 
 class Loader:
-    """Training batches of a set of clips.
+    """Training batches of a set of clips; of the `batch` pairs of a step, process `rank` of `ranks` makes its share.
 
-    Every epoch is one permutation of all clips; what does not fill a batch at its end is left out. A clip that cannot
-    be decoded is listed in `skipped` and another takes its place; above `config.max_bad` of all clips, ManifestError.
+    Every epoch is one permutation of all clips; what does not fill a batch at its end is left out. With
+    `config.image_share` the images and the videos have permutations and epochs of their own, and that share of the
+    steps is made of images. A clip that cannot be decoded is listed in `skipped` and another takes its place; above
+    `config.max_bad` of all clips, ManifestError.
     """
 
     def __init__(
@@ -92,41 +95,70 @@ class Loader:
         text_mask: TextMask,
         mlm_ratio: float = 0.0,
         seed: int,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.clips, self.config, self.frames, self.view = clips, config, frames, view
+        self.tokenizer, self.max_words = tokenizer, max_words
         self.text_mask, self.seed = text_mask, seed
-        self.size = min(config.batch, len(clips))
+        self.rank, self.ranks = rank, ranks
+        self.kinds = self._kinds()
+        self.size = min(config.batch, *(len(numbers) for numbers in self.kinds))
+        if self.size % ranks:
+            raise ValueError(f"a batch of {self.size} pairs cannot be shared equally by {ranks} processes")
         self.batches_per_epoch = len(clips) // self.size
         self.skipped: dict[int, Skip] = {}
         self.cls = text.number(tokenizer, text.CLS)
         self.mask = text.number(tokenizer, text.MASK)
         self.mlm_mask = TextMask(mlm_ratio, "mask")
-        numbers: dict[str, int] = {}
-        # All captions are tokenised once, in one parallel call, before the first step.
-        self.captions = [[numbers.setdefault(c, len(numbers)) for c in s.captions] for s in clips.samples]
-        self.words = text.encode(tokenizer, list(numbers), max_words)
-        self.pool = ThreadPoolExecutor(config.workers)
+        self._order = functools.lru_cache(maxsize=4)(self._permutation)
+
+    def _kinds(self) -> list[np.ndarray]:
+        """Numbers of the clips that batches are drawn from: of all, or of the videos and of the images."""
+        share = self.config.image_share
+        if share is None:
+            return [np.arange(len(self.clips))]
+        image = np.array([sample.kind == "image" for sample in self.clips.samples])
+        if not 0 < share < 1 or image.all() or not image.any():
+            raise ManifestError(
+                f"--data.image-share {share:g} needs images and videos in the data, and a number between 0 and 1; "
+                f"there are {image.sum()} images and {(~image).sum()} videos."
+            )
+        return [np.flatnonzero(~image), np.flatnonzero(image)]
+
+    def _permutation(self, kind: int, epoch: int) -> np.ndarray:
+        key = [self.seed, epoch, kind] if kind else [self.seed, epoch]
+        return np.random.default_rng(key).permutation(self.kinds[kind])
+
+    def _draw(self, step: int) -> tuple[np.ndarray, int, int]:
+        """The order that a step's batch is drawn from, its epoch, and the place of the batch's first clip."""
+        kind, turn = 0, step
+        if self.config.image_share is not None:
+            images = math.floor(step * self.config.image_share)  # steps of images before this one
+            kind = int(math.floor((step + 1) * self.config.image_share) > images)
+            turn = images if kind else step - images
+        epoch, index = divmod(turn, len(self.kinds[kind]) // self.size)
+        return self._order(kind, epoch), epoch, index * self.size
 
     def batch(self, step: int) -> Batch:
         """The batch of a training step, counted from 0."""
-        epoch, index = divmod(step, self.batches_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.clips))
-        places = range(index * self.size, (index + 1) * self.size)
-        if self.clips.frames is None:
-            read = list(self.pool.map(lambda place: self._read(order, place, epoch), places))
-        else:
-            read = [self._read(order, place, epoch) for place in places]
+        order, epoch, first = self._draw(step)
+        own = self.size // self.ranks
+        first += self.rank * own
+        read = self._read(order, range(first, first + own), epoch)
         read.sort(key=lambda pair: pair[1].shape[0], reverse=True)  # stable: videos, then images
         numbers = [number for number, _ in read]
 
         groups: list[VisualGroup] = []
         for count in dict.fromkeys(frames.shape[0] for _, frames in read):
             members = [(number, frames) for number, frames in read if frames.shape[0] == count]
-            video = torch.from_numpy(np.stack([frames for _, frames in members]))
+            video = torch.stack([frames for _, frames in members])
             groups.append(VisualGroup(video, torch.tensor([number for number, _ in members])))
 
-        captions = [self.captions[n][epoch % len(self.captions[n])] for n in numbers]
-        words = [self.words[c] for c in captions]
+        said = [self.clips.samples[n].captions for n in numbers]
+        captions = [several[epoch % len(several)] for several in said]
+        # One call for the batch, in the thread that makes it; the tokenizer releases the GIL.
+        words = text.encode(self.tokenizer, captions, self.max_words)
         whole = text.pack(words, self.cls)
         contrast, masked, rows, labels = whole, None, [], []
         counts: tuple[int, ...] = ()
@@ -158,28 +190,51 @@ class Loader:
             masked_labels=torch.tensor(labels, dtype=torch.int64),
             masked_counts=counts,
             video_keys=torch.tensor(numbers),
-            caption_keys=torch.tensor(captions),
+            caption_keys=torch.tensor([caption_key(caption) for caption in captions]),
             epoch=epoch,
             step=step,
             names=tuple(self.clips.samples[n].name for n in numbers),
         )
 
-    def _read(self, order: np.ndarray, place: int, epoch: int) -> tuple[int, np.ndarray]:
-        """The clip at a place of the epoch's order, or the next one after half the order that can be decoded."""
-        half = len(order) // 2
-        for at in (place, *range(place + half, place + half + len(order))):
+    def _read(self, order: np.ndarray, places: Sequence[int], epoch: int) -> list[tuple[int, Tensor]]:
+        """Of each place the clip that the order has there, or the next one after half the order that can be decoded."""
+        tries = dict.fromkeys(places, 0)  # how many clips of its row of candidates a place has given up
+        found: dict[int, tuple[int, Tensor]] = {}
+        while missing := [place for place in places if place not in found]:
+            numbers = [self._candidate(order, place, tries) for place in missing]
+            asked = list(dict.fromkeys(numbers))  # two places may fall back on one clip
+            got = dict(zip(asked, self.clips.read(asked, [self._view(n, epoch) for n in asked]), strict=True))
+            for place, number in zip(missing, numbers, strict=True):
+                one = got[number]
+                if one.frames is None:
+                    tries[place] += 1
+                    self.skipped[number] = Skip(self.clips.samples[number].name, one.reason)
+                else:
+                    found[place] = number, one.frames
+            everything = [*self.clips.skipped, *self.skipped.values()]
+            check_share(everything, len(self.clips) + len(self.clips.skipped), self.config.max_bad)
+        return [found[place] for place in places]
+
+    def _candidate(self, order: np.ndarray, place: int, tries: dict[int, int]) -> int:
+        while tries[place] <= len(order):
+            at = place if tries[place] == 0 else place + len(order) // 2 + tries[place] - 1
             number = int(order[at % len(order)])
-            if number in self.skipped:
-                continue
-            offsets = np.random.default_rng([self.seed, epoch, number]).random(self.frames)
-            pick = functools.partial(random_segments, frames=self.frames, offsets=offsets)
-            try:
-                return number, in_views(self.clips.read(number, pick), self.view)
-            except DecodeError as error:
-                self.skipped[number] = Skip(self.clips.samples[number].name, error.reason)
-                everything = [*self.clips.skipped, *self.skipped.values()]
-                check_share(everything, len(self.clips) + len(self.clips.skipped), self.config.max_bad)
+            if number not in self.skipped:
+                return number
+            tries[place] += 1
         raise ManifestError(f"none of the {len(order)} files can be decoded")  # reached if --data.max-bad is 1
+
+    def _view(self, number: int, epoch: int) -> View:
+        """Drawn for (seed, epoch, sample); the draws that choose frames come first and do not depend on the others."""
+        rng = np.random.default_rng([self.seed, epoch, number])
+        pick = self.clips.sampler.pick(self.frames, self.view, rng)
+        if not self.clips.augmented:
+            return pick, None, False
+        crop = draw_crop(rng, self.config.crop) if self.config.crop is not None else None
+        flip = self.config.flip == "always" or (
+            self.config.flip == "auto" and not tells_sides(self.clips.samples[number].captions)
+        )
+        return pick, crop, flip and rng.random() < 0.5
 
     def ahead(self, first: int, last: int) -> Generator[Batch, None, None]:
         """Batches of steps first .. last - 1, made in a thread of their own while the step before them computes."""
@@ -211,17 +266,13 @@ class Loader:
                 yield made
         finally:
             stopped.set()
-            thread.join()
+            thread.join(timeout=5)  # it is a daemon: a clip that hangs must not keep Ctrl-C waiting
 
 
-def in_views(frames: np.ndarray, view: int) -> np.ndarray:
-    """(F, ...) in the order of time -> F / view views of the whole clip, one after the other, each in that order.
-
-    With F = 8 and views of 4 frames: 0 2 4 6, 1 3 5 7. An image, and views of one frame, stay as they are.
-    """
-    if view == 1 or len(frames) == 1:
-        return frames
-    return frames[np.arange(len(frames)).reshape(view, -1).T.reshape(-1)]
+def caption_key(caption: str) -> int:
+    """63 bits that are equal for equal captions, in every process: of ten million captions two agree by chance once in
+    180,000 such sets."""
+    return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest()) >> 1
 
 
 def middle_frames(
@@ -233,20 +284,19 @@ def middle_frames(
 
     -> groups of one shape, in the order of `numbers` within each, and the clips that could not be decoded.
     """
-    by_count: dict[int, list[tuple[int, np.ndarray]]] = {}
+    by_count: dict[int, list[tuple[int, Tensor]]] = {}
     skipped: list[Skip] = []
-    for number in numbers:
-        try:
-            read = clips.read(number, lambda n: middle_segments(n, frames))
-        except DecodeError as error:
-            skipped.append(Skip(clips.samples[number].name, error.reason))
+    pick = clips.sampler.pick(frames, view)
+    for number, one in zip(numbers, clips.read(numbers, [(pick, None, False)] * len(numbers)), strict=True):
+        if one.frames is None:
+            skipped.append(Skip(clips.samples[number].name, one.reason))
             continue
-        read = in_views(read, view)
+        read = one.frames
         if shuffle:
-            read = read[np.random.default_rng([number]).permutation(len(read))]
+            read = read[torch.from_numpy(np.random.default_rng([number]).permutation(len(read))).to(read.device)]
         by_count.setdefault(len(read), []).append((number, read))
     groups = [
-        VisualGroup(torch.from_numpy(np.stack([r for _, r in members])), torch.tensor([n for n, _ in members]))
+        VisualGroup(torch.stack([r for _, r in members]), torch.tensor([n for n, _ in members]))
         for members in by_count.values()
     ]
     return groups, skipped

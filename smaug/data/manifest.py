@@ -11,11 +11,12 @@ import csv
 import difflib
 import json
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from smaug.data.media import Member, media_reason
 
 KINDS = ".csv, .tsv, .jsonl or .parquet"
 
@@ -28,7 +29,7 @@ class ManifestError(ValueError):
 class Sample:
     """One file and what is said of it."""
 
-    path: Path
+    path: Path | Member
     kind: Literal["video", "image"]
     captions: tuple[str, ...]  # at least one, none empty, in the order of the manifest
     name: str  # as the manifest has it
@@ -98,32 +99,11 @@ def check_files(samples: Sequence[Sample]) -> tuple[list[Sample], list[Skip]]:
     present: list[Sample] = []
     skipped: list[Skip] = []
     for sample in samples:
-        if reason := file_reason(sample.path):
+        if reason := media_reason(sample.path):
             skipped.append(Skip(sample.name, reason))
         else:
             present.append(sample)
     return present, skipped
-
-
-def file_reason(path: Path) -> str:
-    """Why a file cannot be read; "" if it seems that it can."""
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return "file not found"
-    except PermissionError:
-        return "no permission to read"
-    except (OSError, ValueError) as error:  # a name too long, a loop of links; ValueError: a null character in the name
-        return f"cannot be read: {getattr(error, 'strerror', None) or error}"
-    if stat.S_ISDIR(found.st_mode):
-        return "is a directory"
-    if not stat.S_ISREG(found.st_mode):
-        return "not a regular file"  # opening a pipe would wait for ever
-    if found.st_size == 0:
-        return "0 bytes"
-    if not os.access(path, os.R_OK):
-        return "no permission to read"
-    return ""
 
 
 def _sample(where: str, row: dict[str, Any] | str, columns: tuple[str, str, str]) -> tuple[str, str, list[str]] | Skip:

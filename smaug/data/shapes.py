@@ -33,10 +33,12 @@ from typing import Any
 import av
 import numpy as np
 
-from smaug.data.decode import read_frames
+from smaug.data.decode.pyav import read_frames
+from smaug.data.frames import every_frame
 
 CANVAS = 128  # pixels; hardware decoders refuse much smaller VP9
 FRAMES = 16
+RATE = 8  # frames a second
 SPLITS = ("train", "val", "test")
 VERSION = 3  # raise it whenever a clip or a caption would come out differently
 
@@ -227,7 +229,7 @@ def encode(frames: np.ndarray) -> bytes:
     file = io.BytesIO()
     # bitexact: the same frames give the same bytes; a track's number would be drawn at random
     with av.open(file, "w", format="webm", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libvpx-vp9", rate=Fraction(8))
+        stream = container.add_stream("libvpx-vp9", rate=Fraction(RATE))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.options = {
@@ -307,7 +309,7 @@ def decoded(folder: Path, split: str, size: int, report: Report = lambda what, d
         data = clip.read_bytes() if clip.exists() else b""
         if zlib.crc32(data) != checksums[names[i]]:
             raise DamagedError(f"{clip} is damaged; delete {folder} and run again to build it anew")
-        read_frames(data, range, size, out=frames[i])
+        read_frames(data, every_frame, size, out=frames[i])
 
     aside, sums_aside = _aside(path), _aside(sums)
     try:

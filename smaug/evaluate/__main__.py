@@ -34,7 +34,7 @@ def main() -> int:
         if options.frames is not None and options.frames < 1:
             raise ValueError("--frames must be at least 1")
         run = load_run(options.run, options.device)
-        clips = open_split(run.recipe, options.split, console)
+        clips = open_split(run.recipe, options.split, console, run.way.device)
         result = evaluate(
             run.model, run.recipe, clips, run.tokenizer, run.way, frames=options.frames, shuffle=options.shuffle_frames
         )

@@ -2,13 +2,13 @@
 
 import shutil
 
-import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from smaug.data import shapes
 from smaug.data.clips import DataConfig, check_share, open_manifest, open_shapes
-from smaug.data.decode import DecodeError, middle_segments
+from smaug.data.frames import every_frame, middle_segments
 from smaug.data.manifest import ManifestError, Skip
 
 SMALL = DataConfig(shapes=(64, 16, 16))
@@ -23,12 +23,15 @@ def test_the_map_and_live_decoding_give_the_same(shapes_cache):
     live = open_shapes("test", DataConfig(shapes=SMALL.shapes, cache=False), 64, quiet)
     assert mapped.frames is not None and live.frames is None and len(mapped) == len(live) == 16
     assert mapped.samples == live.samples and mapped.name == "shapes test"
-    for number in (0, 1, 15):
-        for pick in (lambda n: middle_segments(n, 4), lambda n: [3, 3, 0], range):
-            got = mapped.read(number, pick)
-            assert got.dtype == np.uint8 and got.shape[1:] == (64, 64, 3)
-            assert (got == live.read(number, pick)).all()
-    assert (mapped.read(0, range) == mapped.read(1, range)[::-1]).all()  # twins
+    numbers = (0, 1, 15)
+    for pick in (lambda times: middle_segments(len(times), 4), lambda times: [3, 3, 0], every_frame):
+        views = [(pick, None, False)] * 3
+        for one, other in zip(mapped.read(numbers, views), live.read(numbers, views), strict=True):
+            assert one.frames.dtype == torch.uint8 and one.frames.shape[1:] == (64, 64, 3)
+            assert torch.equal(one.frames, other.frames)
+            assert (one.decoder, other.decoder) == ("map", "pyav")
+    twins = mapped.read((0, 1), views[:2])
+    assert torch.equal(twins[0].frames, twins[1].frames.flip(0))
 
 
 def test_subsets_are_those_of_the_drawn_scenes(shapes_cache):
@@ -53,11 +56,11 @@ def test_a_manifest_of_videos_and_images(tmp_path, shapes_cache):
     ]
     assert clips.skipped == [Skip("m.csv:6", "no file name"), Skip("empty.webm", "0 bytes")]
     assert clips.name == "m.csv" and clips.subsets == {}
-    assert clips.read(0, lambda n: [n - 1, 0]).shape == (2, 32, 32, 3)
-    assert clips.read(1, lambda n: [0, 0, 0]).shape == (1, 32, 32, 3)
+    video, image = clips.read((0, 1), [(lambda times: [len(times) - 1, 0], None, False)] * 2)
+    assert video.frames.shape == (2, 32, 32, 3) and image.frames.shape == (1, 32, 32, 3)
     (tmp_path / "a.webm").write_bytes(b"nothing")
-    with pytest.raises(DecodeError, match="not a media file"):
-        clips.read(0, range)
+    (bad,) = clips.read((0,), [(every_frame, None, False)])
+    assert (bad.frames, bad.reason, bad.decoder) == (None, "not a media file", "pyav")
     with pytest.raises(ManifestError, match=r"1 of 3 files cannot be used, .* the 10% .* empty\.webm: 0 bytes"):
         open_manifest([tmp_path / "m.csv"], DataConfig(max_bad=0.1), 32)
 

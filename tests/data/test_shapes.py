@@ -18,6 +18,7 @@ import pytest
 
 from smaug.data import shapes
 from smaug.data.decode import read_frames
+from smaug.data.frames import every_frame
 from smaug.data.shapes import CANVAS, FRAMES, NEW_COMBINATIONS, REVERSE, STEP, draw_scene, draw_split
 
 TINY = (6, 4, 2)
@@ -36,7 +37,7 @@ def clips():
     some = (draw_scene(rng, new=False) for _ in range(400))
     growing = [s if s.change == "grows" else s.reversed() for s in some if s.change not in STEP][:120]
     both = [s for scene in growing for s in (scene, scene.reversed())]
-    return np.stack([read_frames(shapes.encode(shapes.render(s)), range, 64) for s in both])
+    return np.stack([read_frames(shapes.encode(shapes.render(s)), every_frame, 64) for s in both])
 
 
 def coverage(shape, diameter, centre):
@@ -75,7 +76,7 @@ def test_files_are_vp9_in_webm(shapes_cache):
 def test_what_a_clip_shows_is_what_was_drawn(scenes):
     for scene in scenes[:8]:
         frames = shapes.render(scene)
-        decoded = read_frames(shapes.encode(frames), range, CANVAS)
+        decoded = read_frames(shapes.encode(frames), every_frame, CANVAS)
         assert np.abs(decoded.astype(int) - frames).mean() < 4
         changing, still = objects(scene)
         sizes = []
@@ -159,7 +160,7 @@ def test_decoded_twins_hold_the_same_frames_bit_for_bit(clips):
     """So that no model blind to order, however clever, can tell them: not by traces of the codec either."""
     assert (clips[0::2] == clips[1::2, ::-1]).all()
     for scene in [s for s in draw_split("test", 200) if s.change in STEP][:10]:
-        one, other = (read_frames(shapes.encode(shapes.render(s)), range, 64) for s in (scene, scene.reversed()))
+        one, other = (read_frames(shapes.encode(shapes.render(s)), every_frame, 64) for s in (scene, scene.reversed()))
         assert (one == other[::-1]).all()
 
 
@@ -234,7 +235,7 @@ def test_a_killed_build_leaves_nothing_that_is_trusted(moment, tmp_path, monkeyp
     folder = shapes.build(TINY)
     frames = shapes.decoded(folder, "train", 32)
     assert folder == final and content(folder) == content(undisturbed)
-    assert (frames == np.stack([read_frames(folder / f"train/{i:05d}.webm", range, 32) for i in range(6)])).all()
+    assert (frames == np.stack([read_frames(folder / f"train/{i:05d}.webm", every_frame, 32) for i in range(6)])).all()
     assert not list(tmp_path.rglob(".*aside*"))  # ... is gone
 
 

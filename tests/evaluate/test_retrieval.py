@@ -11,6 +11,7 @@ from torch import nn
 
 from smaug.data import text
 from smaug.data.clips import Clips
+from smaug.data.decode.pyav import PyavDecoder
 from smaug.data.loader import middle_frames
 from smaug.data.manifest import Sample
 from smaug.data.text import train_tokenizer
@@ -75,7 +76,11 @@ def planted(table, captions, frame=0, frames_of=None, subsets=None):
         np.ones((len(captions), 4, 8, 8, 3), np.uint8)
         * (level if frames_of is None else frames_of)[:, :, None, None, None]
     )
-    return Planted(table, tokenizer, frame), Clips("planted", samples, 8, frames, subsets or {}), tokenizer
+    return (
+        Planted(table, tokenizer, frame),
+        Clips("planted", samples, 8, PyavDecoder(1), frames, subsets or {}),
+        tokenizer,
+    )
 
 
 def with_ranks(ranks):
@@ -203,7 +208,7 @@ def two_stages():
     for name, p in model.named_parameters():
         if name.endswith(("word.weight", "position", "cls", "time")):
             p.data.normal_()
-    return model, Clips("small", samples, 8, frames, {}), tokenizer
+    return model, Clips("small", samples, 8, PyavDecoder(1), frames, {}), tokenizer
 
 
 @torch.no_grad()

@@ -1,142 +1,128 @@
-"""Files to frames: the wanted frames of a video, or a picture as a video of one frame, as square uint8 RGB.
+"""Video through PyAV, FFmpeg inside: always there, every codec, exact.
 
-Video goes through PyAV, FFmpeg inside. The packets of a clip are read once, which costs no decoding and tells how many
-frames there are and when each is shown; only the groups of pictures that hold a wanted frame are then decoded, each
-from its key frame to its last wanted frame. The groups are found among the packets, not by seeking in the file, so no
-container's idea of seeking can be wrong.
-Pictures go through Pillow: unlike FFmpeg it knows CMYK and transparency, and it decodes a large JPEG at reduced size
-(1411 x 1411 to 224 x 224 on one core: 5 ms, FFmpeg 8 ms). Both resize by an antialiased bicubic filter.
+The packets of a clip are read once, which costs no decoding and tells how many frames there are and when each is shown;
+only the groups of pictures that hold a wanted frame are then decoded, each from its key frame to its last wanted frame.
+The groups are found among the packets, not by seeking in the file, so no container's idea of seeking can be wrong.
 
-Everything here may be called from many threads at once; FFmpeg and Pillow release the GIL while they decode and resize.
+Everything here may be called from many threads at once; FFmpeg releases the GIL while it decodes and resizes.
 """
 
 from __future__ import annotations
 
 import io
+import math
+import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import numpy as np
+import torch
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
-from PIL import Image, ImageOps
 
-from smaug.data.manifest import file_reason
+from smaug.data.decode.contract import MAX_PIXELS, MAX_SECONDS, DecodeError, Got, Want, too_large
+from smaug.data.decode.images import read_image
+from smaug.data.decode.threads import Threads
+from smaug.data.frames import Crop, Pick
+from smaug.data.media import Media, Member, media_reason
 
-MAX_PIXELS = 64 * 2**20  # of one frame, decoded or resized; a damaged or hostile header can ask for gigabytes
 HELD_BYTES = 64 * 2**20  # packets of a clip up to this size stay in memory; a larger file is read twice
+MAX_FRAMES = 2**20  # of one clip: ten hours at 29 frames a second; the packets of more would fill the memory
+ASPECTS = (1 / 4, 4)  # pixels that are longer than this are a damaged header, not an anamorphic film
 
 # swscale without FULL_CHR_H_INT goes through a table that darkens limited-range video by 1.5 levels of 255.
 FILTER = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 
-Pick = Callable[[int], Sequence[int]]  # number of frames of the clip -> indices of the wanted ones
 
+class PyavDecoder:
+    """Clips in threads, one clip a thread. Frames are in host memory."""
 
-class DecodeError(Exception):
-    """What is wrong with a file, in a few words for a report of skipped files: `reason`. It does not name the file."""
+    name = "pyav"
 
-    def __init__(self, reason: str):
-        super().__init__(reason)
-        self.reason = reason
+    def __init__(self, workers: int = 2, seconds: float = MAX_SECONDS):
+        self.seconds = seconds
+        self.threads = Threads(workers, 2 * seconds + 1)  # its own limit comes first wherever FFmpeg comes back
 
+    def decode(self, wants: Sequence[Want], size: int) -> list[Got]:
+        return self.threads.map(lambda want: self._one(want, size), wants, self._late)
 
-def random_segments(n: int, frames: int, offsets: Sequence[float] | np.ndarray) -> list[int]:
-    """One frame from each of `frames` equal intervals of [0, n), at `offsets` (frames,) in [0, 1): ascending indices.
+    def _one(self, want: Want, size: int) -> Got:
+        try:
+            if want.kind == "image":
+                frames = read_image(want.media, size, crop=want.crop, flip=want.flip)
+            else:
+                frames = read_frames(want.media, want.pick, size, crop=want.crop, flip=want.flip, seconds=self.seconds)
+        except DecodeError as error:
+            return Got(None, error.reason, self.name)
+        return Got(torch.from_numpy(frames), "", self.name)
 
-    With offsets from a uniform generator every frame of an interval is equally likely. A clip of fewer than `frames`
-    frames gives all of them and then repeats its last.
-    """
-    lows, highs = _segments(n, frames)
-    return [low + int(u * (high - low)) for low, high, u in zip(lows, highs, offsets, strict=True)]
+    def _late(self, want: Want) -> Got:
+        return Got(None, f"does not come back from decoding; left alone after {self.threads.seconds:.0f} s", self.name)
 
-
-def middle_segments(n: int, frames: int) -> list[int]:
-    """The middle frame of each of `frames` equal intervals of [0, n), for evaluation: ascending indices.
-
-    Of two middle frames the earlier. A clip of fewer than `frames` frames gives all of them and then repeats its last.
-    """
-    return [(low + high - 1) // 2 for low, high in zip(*_segments(n, frames), strict=True)]
-
-
-def _segments(n: int, frames: int) -> tuple[list[int], list[int]]:
-    """First index of each interval, and the one after its last."""
-    if n < frames:
-        lows = [min(i, n - 1) for i in range(frames)]
-        return lows, [low + 1 for low in lows]
-    edges = [n * i // frames for i in range(frames + 1)]
-    return edges[:-1], edges[1:]
+    def close(self) -> None:
+        self.threads.close()
 
 
 def read_frames(
-    source: str | Path | bytes, pick: Pick, size: int, *, out: np.ndarray | None = None, threads: int = 1
+    source: Media | str,
+    pick: Pick,
+    size: int,
+    *,
+    crop: Crop | None = None,
+    flip: bool = False,
+    out: np.ndarray | None = None,
+    threads: int = 1,
+    seconds: float = MAX_SECONDS,
 ) -> np.ndarray:
-    """Wanted frames of a video file, or of its bytes: (F, size, size, 3) uint8, RGB with levels 0 to 255.
+    """Wanted frames of a video: (F, size, size, 3) uint8, RGB with levels 0 to 255.
 
-    `pick` gets the number of frames n > 0 and returns F indices in [0, n), counted in presentation order; any order,
-    repeats allowed. It is called a second time, with the true n, if the packets had promised another number.
-    Frames are turned upright, the short side is resized to `size` and the middle of the long side kept. The clip is the
-    first video stream that is not a cover picture. `out`, if given, is filled and returned. `threads` of the decoder:
-    one where many clips are decoded at once, since two cost a fifth more processor time for the same clips.
+    `pick` gets the times of the frames (n,), n > 0, seconds from the first, in presentation order, and returns F
+    indices in [0, n); any order, repeats allowed. It is called a second time, with the true n, if the packets had
+    promised another number. Frames are turned upright and wide pixels shown wide; `crop` of them, or the middle square,
+    is resized to `size` by an antialiased bicubic filter, and turned left to right with `flip`. The clip is the first
+    video stream that is not a cover picture. `out`, if given, is filled and returned. `threads` of the decoder: one
+    where many clips are decoded at once, since two cost a fifth more processor time for the same clips.
 
-    Raises DecodeError for everything that can be wrong with the file, and ValueError for a wrong `pick` or `out`.
+    Raises DecodeError for everything that can be wrong with the file, and when decoding takes longer than `seconds`;
+    ValueError for a wrong `pick` or `out`.
     """
+    source = Path(source) if isinstance(source, str) else source
+    until = time.monotonic() + seconds
     with _open(source) as container:
-        stream = _video_stream(container)
+        stream = video_stream(container)
         context = stream.codec_context
         context.thread_count = threads
         context.thread_type = "NONE" if threads == 1 else "AUTO"
-        index = _index_packets(container, stream)
-        if not index.shown:
-            raise DecodeError("0 frames")
-        wanted = _picked(pick, len(index.shown))
+        index = index_packets(container, stream, until)
+        view = _View(size, crop, flip, _pixel_aspect(stream))
+        wanted = picked(pick, index.times(stream))
         result = _result(out, len(wanted), size)
-        if index.timed and _decode_groups(context, _packets(source, index), index, wanted, _Painter(result, size)):
+        if index.timed and _decode_groups(
+            context, _packets(source, index), index, wanted, _Painter(result, view), until
+        ):
             return result
         # Times are missing or were wrong: count what really comes out, and decide again if that is another number.
         for expected in (len(index.shown), None):
-            painter = _Painter(result, size)
-            found = _decode_all(context, _packets(source, index), index, wanted, painter)
+            painter = _Painter(result, view)
+            found = _decode_all(context, _packets(source, index), index, wanted, painter, until)
             if found == 0:
                 raise DecodeError("0 frames can be decoded")
             if found == expected or expected is None:
                 break
-            wanted = _picked(pick, found)
+            wanted = picked(pick, np.arange(found) / _rate(stream))
             result = _result(out, len(wanted), size)
     return result
 
 
-def read_image(source: str | Path | bytes, size: int) -> np.ndarray:
-    """A picture as a video of one frame: (1, size, size, 3) uint8, RGB with levels 0 to 255.
-
-    Turned upright by its EXIF tag, laid on white where it is transparent, the short side resized to `size` and the
-    middle of the long side kept. Of an animation, the first frame. Raises DecodeError for everything that can be wrong
-    with the file.
-    """
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DecodeError(_too_large(image.width, image.height))
-            image.draft(None, (size, size))  # JPEG: decoded at 1/2, 1/4 or 1/8 while the sides stay above size
-            upright = _rgb(ImageOps.exif_transpose(image))
-        side = min(upright.size)
-        left, top = (upright.width - side) // 2, (upright.height - side) // 2
-        square = upright.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-        return np.asarray(square)[None].copy()  # Pillow's own memory is read-only
-    except DecodeError:
-        raise
-    except Exception as error:  # Pillow's readers raise what a damaged file leads them to: SyntaxError, struct.error
-        raise DecodeError(_unreadable(source) or _pillow_reason(error)) from None
-
-
 @dataclass(slots=True)
-class _Index:
+class Index:
     """What the packets of a stream say without being decoded. Positions count packets in the order of the file."""
 
     packets: list[Packet] | None  # None: too large to hold
@@ -145,21 +131,55 @@ class _Index:
     shown: list[int]  # position of each frame, in presentation order
     timed: bool  # every shown packet has a time of its own, so that a decoded frame can be recognised by it
 
+    def times(self, stream: VideoStream) -> np.ndarray:
+        """Of the shown frames (n,), seconds from the first; evenly spaced where the file has none."""
+        if not self.timed or stream.time_base is None:
+            return np.arange(len(self.shown)) / _rate(stream)
+        pts = np.array([self.pts[position] for position in self.shown], np.float64)
+        return (pts - pts[0]) * float(stream.time_base)
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """What is shown of every frame of a clip."""
+
+    size: int
+    crop: Crop | None
+    flip: bool
+    aspect: float  # width / height of a pixel
+
+    def place(self, height: int, width: int, turns: int) -> tuple[int, int, int, int]:
+        """Of a stored frame that is then turned anticlockwise by `turns` quarters: the height and width to scale all of
+        it to, and the top and left of the square to keep."""
+        stored_width = width * self.aspect
+        tall, wide = (stored_width, float(height)) if turns % 2 else (float(height), stored_width)
+        if self.crop is None:
+            side = min(tall, wide)
+            shares, y, x = (side / tall, side / wide), 0.5, 0.5
+        else:
+            shares, y, x = self.crop.shares(tall, wide), self.crop.y, self.crop.x
+        # from the upright frame back to the stored one
+        if turns % 2:
+            shares = (shares[1], shares[0])
+        y, x = {0: (y, x), 1: (x, 1 - y), 2: (1 - y, 1 - x), 3: (1 - x, y)}[turns]
+        high, long = max(self.size, round(self.size / shares[0])), max(self.size, round(self.size / shares[1]))
+        top, left = (high - self.size) * y, (long - self.size) * x
+        return high, long, math.ceil(top - 0.5), math.ceil(left - 0.5)  # the middle of an odd number: the lower
+
 
 class _Painter:
     """Resizes frames into rows of `result` (F, size, size, 3). One a clip: it keeps swscale's tables between frames."""
 
-    def __init__(self, result: np.ndarray, size: int):
+    def __init__(self, result: np.ndarray, view: _View):
         self.result = result
-        self.size = size
+        self.view = view
         self.reformatter = VideoReformatter()
 
     def paint(self, frame: VideoFrame, rows: Sequence[int]) -> None:
-        width, height = frame.width, frame.height
-        if width * height > MAX_PIXELS:
-            raise DecodeError(_too_large(width, height))
-        scale = self.size / min(width, height)
-        width, height = max(self.size, round(width * scale)), max(self.size, round(height * scale))
+        if frame.width * frame.height > MAX_PIXELS:
+            raise DecodeError(too_large(frame.width, frame.height))
+        size, turns = self.view.size, round(frame.rotation / 90) % 4  # FFmpeg and numpy both count anticlockwise
+        height, width, top, left = self.view.place(frame.height, frame.width, turns)
         if width * height > MAX_PIXELS:
             raise DecodeError(f"a frame of {frame.width} x {frame.height} is too long and thin")
         try:
@@ -169,27 +189,32 @@ class _Painter:
         except (av.FFmpegError, ValueError) as error:
             raise DecodeError(f"pixel format {frame.format.name} cannot be converted: {_strerror(error)}") from None
         plane = rgb.planes[0]
-        top, left = (height - self.size) // 2, (width - self.size) // 2
         lines = np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)
-        square = lines[top : top + self.size, 3 * left : 3 * (left + self.size)].reshape(self.size, self.size, 3)
-        if turns := round(frame.rotation / 90) % 4:  # FFmpeg and numpy both count anticlockwise
-            square = np.rot90(square, turns)
+        square = lines[top : top + size, 3 * left : 3 * (left + size)].reshape(size, size, 3)
+        square = np.rot90(square, turns) if turns else square
+        if self.view.flip:
+            square = square[:, ::-1]
         for row in rows:
             self.result[row] = square
 
 
-def _open(source: str | Path | bytes) -> InputContainer:
-    # "file:" so that a colon in a name is not taken for a protocol
-    file = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
+def _open(source: Media) -> InputContainer:
+    file: str | io.BytesIO
+    if isinstance(source, bytes):
+        file = io.BytesIO(source)
+    elif isinstance(source, Member):
+        file = f"subfile,,start,{source.offset},end,{source.offset + source.size},,:file:{source.tar}"
+    else:
+        file = f"file:{source}"  # so that a colon in a name is not taken for a protocol
     try:
         return av.open(file, "r", metadata_errors="ignore")
     except (av.FFmpegError, OSError) as error:
         unknown = isinstance(error, av.error.InvalidDataError)
         reason = "not a media file" if unknown else f"cannot be opened: {_strerror(error)}"
-        raise DecodeError(_unreadable(source) or reason) from None
+        raise DecodeError(media_reason(source) or reason) from None
 
 
-def _video_stream(container: InputContainer) -> VideoStream:
+def video_stream(container: InputContainer) -> VideoStream:
     covers = av.stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & covers]
     if not streams:
@@ -199,11 +224,21 @@ def _video_stream(container: InputContainer) -> VideoStream:
     if stream.codec_context is None:
         raise DecodeError("no decoder for its codec")
     if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
-        raise DecodeError(_too_large(stream.codec_context.width, stream.codec_context.height))
+        raise DecodeError(too_large(stream.codec_context.width, stream.codec_context.height))
     return stream
 
 
-def _index_packets(container: InputContainer, stream: VideoStream) -> _Index:
+def _pixel_aspect(stream: VideoStream) -> float:
+    aspect = float(stream.sample_aspect_ratio or 1)
+    return aspect if ASPECTS[0] <= aspect <= ASPECTS[1] else 1.0
+
+
+def _rate(stream: VideoStream) -> float:
+    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    return rate if rate > 0 else 25.0
+
+
+def index_packets(container: InputContainer, stream: VideoStream, until: float) -> Index:
     vp8 = stream.codec_context.name == "vp8"
     packets: list[Packet] = []
     pts: list[int | None] = []
@@ -213,6 +248,10 @@ def _index_packets(container: InputContainer, stream: VideoStream) -> _Index:
     try:
         for packet in _demux(container, stream):
             position = len(pts)
+            if position == MAX_FRAMES:
+                raise DecodeError(f"more than {MAX_FRAMES} frames; cut it into clips")
+            if position % 256 == 0:
+                _check(until)
             pts.append(packet.pts)
             if packet.is_keyframe:
                 keys.append(position)
@@ -227,6 +266,8 @@ def _index_packets(container: InputContainer, stream: VideoStream) -> _Index:
                 packets.clear()
     except av.FFmpegError as error:
         raise DecodeError(f"damaged: cannot be read after frame {len(shown)}: {_strerror(error)}") from None
+    if not shown:
+        raise DecodeError("0 frames")
     # Only this container lists its frames ahead of them. Refused even if the wanted ones are there: half a clip under
     # a caption for all of it, on some visits, is worse than a file that is named in a report.
     if "mp4" in container.format.name.split(",") and whole < len(stream.index_entries):
@@ -239,15 +280,15 @@ def _index_packets(container: InputContainer, stream: VideoStream) -> _Index:
     timed = ordered and None not in times and len(set(times)) == len(times)
     if timed:
         shown.sort(key=lambda position: pts[position])  # type: ignore[arg-type, return-value]  # None is excluded
-    return _Index(packets if held <= HELD_BYTES else None, pts, keys, shown, timed)
+    return Index(packets if held <= HELD_BYTES else None, pts, keys, shown, timed)
 
 
-def _packets(source: str | Path | bytes, index: _Index) -> Iterator[Packet]:
+def _packets(source: Media, index: Index) -> Iterator[Packet]:
     if index.packets is not None:
         yield from index.packets
         return
     with _open(source) as container:
-        yield from _demux(container, _video_stream(container))
+        yield from _demux(container, video_stream(container))
 
 
 def _demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
@@ -260,11 +301,17 @@ def _demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
         return
 
 
-def _picked(pick: Pick, n: int) -> list[int]:
-    wanted = [int(i) for i in pick(n)]
-    if wrong := [i for i in wanted if not 0 <= i < n]:
-        raise ValueError(f"pick({n}) returned {wrong[0]}, which is not a frame of a clip of {n}")
+def picked(pick: Pick, times: np.ndarray) -> list[int]:
+    """Indices of the wanted frames; ValueError if one is not a frame of the clip."""
+    wanted = [int(i) for i in pick(times)]
+    if wrong := [i for i in wanted if not 0 <= i < len(times)]:
+        raise ValueError(f"pick returned {wrong[0]}, which is not a frame of a clip of {len(times)}")
     return wanted
+
+
+def _check(until: float) -> None:
+    if time.monotonic() > until:
+        raise DecodeError("takes too long to decode; stopped")
 
 
 def _result(out: np.ndarray | None, frames: int, size: int) -> np.ndarray:
@@ -275,18 +322,18 @@ def _result(out: np.ndarray | None, frames: int, size: int) -> np.ndarray:
     return out
 
 
-def _ranges(index: _Index, positions: Iterable[int]) -> list[tuple[int, int]]:
+def ranges(index: Index, positions: Iterable[int]) -> list[tuple[int, int]]:
     """First and last packet of each stretch to decode for the frames at `positions`, ascending and apart."""
-    ranges: list[tuple[int, int]] = []
+    found: list[tuple[int, int]] = []
     for start, end in sorted((_start(index, position), position) for position in positions):
-        if ranges and start <= ranges[-1][1] + 1:
-            ranges[-1] = (ranges[-1][0], max(end, ranges[-1][1]))
+        if found and start <= found[-1][1] + 1:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
         else:
-            ranges.append((start, end))
-    return ranges
+            found.append((start, end))
+    return found
 
 
-def _start(index: _Index, position: int) -> int:
+def _start(index: Index, position: int) -> int:
     """The key frame at or before a frame, in file order and in time.
 
     In time too: in an open group of pictures, frames shown before the key frame follow it in the file and refer to the
@@ -307,20 +354,26 @@ def _rows(wanted: Sequence[int]) -> dict[int, list[int]]:
 
 
 def _decode_groups(
-    context: VideoCodecContext, packets: Iterable[Packet], index: _Index, wanted: Sequence[int], painter: _Painter
+    context: VideoCodecContext,
+    packets: Iterable[Packet],
+    index: Index,
+    wanted: Sequence[int],
+    painter: _Painter,
+    until: float,
 ) -> bool:
     """Decodes the groups of pictures that hold wanted frames, recognised by their time. False: one did not come out."""
     rows = {index.pts[index.shown[frame]]: rows for frame, rows in _rows(wanted).items()}
-    ranges = iter(_ranges(index, {index.shown[frame] for frame in wanted}))
+    stretches = iter(ranges(index, {index.shown[frame] for frame in wanted}))
     # An unwanted frame of H.264 that no other refers to need not be decoded: half the work where B-frames are many.
     # Only H.264 marks them exactly; in HEVC the mark holds within one temporal layer.
     skips = context.name == "h264"
-    start, end = next(ranges, (0, -1))
+    start, end = next(stretches, (0, -1))
     for position, packet in enumerate(packets):
         if not rows:
             break
         if position < start:
             continue
+        _check(until)
         if skips:
             context.skip_frame = "DEFAULT" if packet.pts in rows else "NONREF"
         # At the end of a stretch the decoder is drained: what it holds back for reordering is complete by then.
@@ -334,12 +387,17 @@ def _decode_groups(
                     painter.paint(frame, found)
         if position == end:
             context.flush_buffers()
-            start, end = next(ranges, (len(index.pts), -1))
+            start, end = next(stretches, (len(index.pts), -1))
     return not rows
 
 
 def _decode_all(
-    context: VideoCodecContext, packets: Iterable[Packet], index: _Index, wanted: Sequence[int], painter: _Painter
+    context: VideoCodecContext,
+    packets: Iterable[Packet],
+    index: Index,
+    wanted: Sequence[int],
+    painter: _Painter,
+    until: float,
 ) -> int:
     """Decodes the whole clip and counts; frames are recognised by their number. Number of frames found."""
     rows = _rows(wanted)
@@ -354,6 +412,7 @@ def _decode_all(
         return count + len(frames)
 
     for position, packet in enumerate(packets):
+        _check(until)
         try:
             count = paint(context.decode(packet))
         except av.FFmpegError:
@@ -366,36 +425,6 @@ def _decode_all(
         raise DecodeError(f"damaged: the last frames cannot be decoded: {_strerror(error)}") from None
     context.flush_buffers()
     return count
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB, transparent parts white, 16-bit gray by its upper byte (Pillow's own conversion clips it)."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _unreadable(source: str | Path | bytes) -> str:
-    """Why there is nothing to decode; "" if there is something."""
-    if isinstance(source, bytes):
-        return "" if source else "0 bytes"
-    return file_reason(Path(source))
-
-
-def _too_large(width: int, height: int) -> str:
-    return f"a frame of {width} x {height} exceeds {MAX_PIXELS // 2**20} megapixels"
-
-
-def _pillow_reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not a picture"
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return f"exceeds {MAX_PIXELS // 2**20} megapixels"
-    return f"damaged picture: {error}"
 
 
 def _strerror(error: Exception) -> str:
