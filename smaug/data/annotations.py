@@ -96,8 +96,9 @@ def read_captions(
 
     `root` is the folder of the videos or images, by default that of the first file. Captions keep their order, repeated
     ones too. DiDeMo and ActivityNet Captions describe a video by one paragraph, as paragraph retrieval has it (Zhang,
-    Hu and Sha 2018): the sentences of one file, in file order and in time order. MSR-VTT and MSVD take split lists and
-    leave out the videos that are in none; MSVD without a list is all of its file. CC3M: see `_image_finder`.
+    Hu and Sha 2018): the sentences of one file, DiDeMo's in file order, ActivityNet's in time order. MSR-VTT and MSVD
+    take split lists and leave out the videos that are in none; MSVD without a list is all of its file. MSR-VTT's 1k-A
+    has its own sentences, so MSRVTT_data.json is not read beside it. CC3M: see `_image_finder`.
     Rows without a caption and videos that are not there are appended to `skipped`.
 
     Raises ManifestError if a file cannot be read or is another's, if no caption is usable, or no video is found.
@@ -198,7 +199,7 @@ def read_answers(file: Path) -> list[str]:
     elif opened.layout == "json":
         answers = opened.data
         if wrong := [answer for answer in answers if not isinstance(answer, str)]:
-            raise ManifestError(f"{file}: an answer must be text, not {wrong[0]!r}.")
+            raise ManifestError(f"{file}: an answer must be text, not {wrong[0]!r:.60}.")
     elif opened.layout == "jsonl":
         raise ManifestError(f"{file} has one object a line, so it is no answer list; perhaps it holds the questions.")
     else:
@@ -214,7 +215,7 @@ def read_answers(file: Path) -> list[str]:
 # Files
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _File:
     """An annotation file that was looked into; JSON is loaded, the others are read when asked for."""
 
@@ -349,7 +350,7 @@ def _reader(format: str, readers: dict[str, Any], content: str, other: str) -> A
 def _open_all(format: str, files: Sequence[Path], root: Path | None) -> tuple[list[_File], _Folder]:
     if not files:
         raise ManifestError(f"{format} needs its annotation files: {FILES[format]}.")
-    opened = [_open(Path(file), FILES[format]) for file in files]
+    opened = [_open(Path(file), FILES[format]) for file in dict.fromkeys(files)]
     root = Path(files[0]).parent if root is None else root
     return opened, _scan(root, IMAGES if format == "cc3m" else VIDEOS)
 
@@ -386,7 +387,7 @@ def _texts(value: Any, what: str) -> tuple[list[str], str]:
     """What is said by a text or a list of texts, and why nothing is."""
     said = value if isinstance(value, list) else [value]
     if wrong := [text for text in said if text is not None and not isinstance(text, str)]:
-        return [], f"the {what} must be text, not {wrong[0]!r}"
+        return [], f"the {what} must be text, not {wrong[0]!r:.60}"
     texts = [text.strip() for text in said if text and text.strip()]
     return texts, "" if texts else f"empty {what}"
 
@@ -482,10 +483,6 @@ def _msvd_rows(format: str, files: Sequence[_File], skips: list[Skip]) -> _Capti
                 yield f"{file.path.name}:{number}", name, caption
 
 
-def _didemo(format: str, files: Sequence[_File], skips: list[Skip]) -> _Captions:
-    yield from _plain(format, files, skips)
-
-
 def _activitynet(format: str, files: Sequence[_File], skips: list[Skip]) -> _Captions:
     for file in files:
         if not isinstance(file.data, dict):
@@ -494,7 +491,9 @@ def _activitynet(format: str, files: Sequence[_File], skips: list[Skip]) -> _Cap
         for name, event in file.data.items():
             where = f"{file.path.name}: {name}"
             if not isinstance(event, dict) or not isinstance(event.get("sentences"), list):
-                raise ManifestError(f"{file.path}: {name!r} has no list of sentences; {format} is {FILES[format]}.")
+                raise ManifestError(
+                    f"{file.path}: {name!r} has no list of sentences; {format} is read from {FILES[format]}."
+                )
             sentences, times = event["sentences"], event.get("timestamps")
             if times is None:
                 yield where, name, sentences
@@ -516,7 +515,7 @@ CAPTIONS: dict[str, Callable[[str, Sequence[_File], list[Skip]], _Captions]] = {
     "webvid": _webvid,
     "cc3m": _cc3m,
     "msrvtt": _msrvtt,
-    "didemo": _didemo,
+    "didemo": _plain,
     "activitynet": _activitynet,
     "msvd": _msvd,
 }
@@ -629,8 +628,9 @@ def _asked(format: str, files: Sequence[_File], skips: list[Skip]) -> Iterator[t
     for file in files:
         if file in answers:
             continue
+        whole = file not in apart
         for where, row in file.rows(skips):
-            if file not in apart:
+            if whole:
                 yield where, row
             elif (key := _text(row, ID_KEYS)) in answered:
                 joined += 1
@@ -675,7 +675,9 @@ def _question(format: str, where: str, row: dict[str, Any]) -> dict[str, Any] | 
             return Skip(where, f"{reason or 'an empty option, or fewer than two'} (of {name})")
         number = str(row.get("answer")).strip()
         if not (number.isascii() and number.isdigit() and int(number) < len(options)):
-            return Skip(where, f"the answer to {len(options)} options is a number from 0, not {row.get('answer')!r}")
+            return Skip(
+                where, f"the answer to {len(options)} options is a number from 0, not {row.get('answer')!r:.60}"
+            )
         answers = [options[int(number)]]
     else:
         if type(value) is int and format == "tgif_qa":  # how many times
@@ -696,7 +698,7 @@ def _question(format: str, where: str, row: dict[str, Any]) -> dict[str, Any] | 
 def _options(row: dict[str, Any]) -> Any:
     """Options of a multiple choice: a list, a list of captions (Singularity), columns a1.. or option_0..; else None."""
     for key in ("options", "caption"):
-        if key in row:
+        if isinstance(row.get(key), list):
             return row[key]
     for keys in ([f"a{number}" for number in range(1, 10)], [f"option_{number}" for number in range(10)]):
         if keys[0] in row:
@@ -832,17 +834,19 @@ def _image_finder(folder: _Folder, names: Iterable[str], skips: list[Skip]) -> _
     A URL finds what can only be its own file: img2dataset's <shard>/<key>.jpg through <shard>.parquet, which says the
     URL of each key; <md5 of the URL>; <crc32 of the URL>, alone or after the row's number and "_", as the download
     scripts of ViLBERT and others have it; the last part of the URL. The last two only if no other URL of the files
-    comes to the same. A running number alone proves nothing about a URL (shards have any size), so such folders need
-    their .parquet. Of the URLs whose image is missing, about 1 in 1000 finds another's by its crc32 among 3 M images.
+    comes to the same, and not if it may be a running number (a crc32 below 10 million, a last part of digits): such a
+    number proves nothing about a URL, as shards have any size, so folders with running numbers need their .parquet.
+    Of the URLs whose image is missing, about 1 in 1000 finds another's by its crc32 among 3 million images.
     """
     urls = [name for name in names if "://" in name]
     sure = _shard_images(folder, urls, skips)
+    running = 10_000_000
     crcs = Counter(zlib.crc32(_bytes(url)) for url in urls)
     lasts = Counter(_last(url) for url in urls)
     numbered: dict[int, str] = {}  # crc32 -> files <number>_<crc32>
     for stem, path in folder.first.items():
         number, bar, crc = stem.rpartition("_")
-        if bar and number.isdecimal() and crc.isdecimal() and int(crc) in crcs:
+        if bar and number.isdecimal() and crc.isdecimal() and running <= int(crc) and int(crc) in crcs:
             numbered[int(crc)] = min(path, numbered.get(int(crc), path))  # the same URL in two rows
 
     def find(name: str) -> tuple[str, str]:
@@ -859,9 +863,11 @@ def _image_finder(folder: _Folder, names: Iterable[str], skips: list[Skip]) -> _
         crc, last = zlib.crc32(_bytes(name)), _last(name)
         if path := folder.first.get(hashlib.md5(_bytes(name), usedforsecurity=False).hexdigest()):
             return path, ""
-        if crcs[crc] == 1 and (path := folder.first.get(str(crc)) or numbered.get(crc)):
+        if crc >= running and crcs[crc] == 1 and (path := folder.first.get(str(crc)) or numbered.get(crc)):
             return path, ""
         paths = folder.named(last) if last else []
+        if paths and last.isdecimal():
+            return "", f"an image is called {last}, but that may be a running number, which proves nothing about a URL"
         if len(paths) == 1 and lasts[last] == 1:
             return paths[0], ""
         if paths:

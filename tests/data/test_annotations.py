@@ -249,6 +249,12 @@ def test_msrvtt_jsonl_and_lists_of_names(tmp_path):
         ]
 
 
+def test_a_file_given_twice_is_read_once(tmp_path):
+    put(tmp_path, "a.mp4")
+    file = write(tmp_path / "a.json", [{"video": "a", "caption": "x"}])
+    assert brief(read_captions("msrvtt", [file, file], None)) == [("a.mp4", ("x",))]
+
+
 def test_msvd_descriptions_and_names(tmp_path):
     put(tmp_path, "vid1.avi", "-4w_60_70.avi")
     text = write(
@@ -327,13 +333,13 @@ def test_tgif_qa_jsonl(tmp_path):
 
 
 def test_a_lone_quote_in_tab_separated_text(tmp_path):
-    put(tmp_path, "a.gif", "b.gif", "1.jpg", "2.jpg")
+    put(tmp_path, "a.gif", "b.gif", "c1.jpg", "c2.jpg")
     text = 'gif_name\tquestion\tanswer\tvid_id\na\twhat does "he hold ?\tcup\tF1\nb\t"who" ?\tman\tF2\n'
     questions = read_questions("tgif_qa", [write(tmp_path / "t.csv", text)], None)
     assert [q.question for q in questions] == ['what does "he hold ?', '"who" ?']
-    text = '"a lone quote\thttp://x/1.jpg\n\na second, with comma\thttp://x/2.jpg\nno address\tnone\nno tab\n'
+    text = '"a lone quote\thttp://x/c1.jpg\n\na second, with comma\thttp://x/c2.jpg\nno address\tnone\nno tab\n'
     samples = read_captions("cc3m", [write(tmp_path / "c.tsv", text)], None, skipped=(skipped := []))
-    assert brief(samples) == [("1.jpg", ('"a lone quote',)), ("2.jpg", ("a second, with comma",))]
+    assert brief(samples) == [("c1.jpg", ('"a lone quote',)), ("c2.jpg", ("a second, with comma",))]
     assert [skip.name for skip in skipped] == ["c.tsv:4", "c.tsv:5"]
 
 
@@ -418,6 +424,18 @@ def test_cc3m_finds_what_only_its_url_can_be(tmp_path):
     assert [sample.captions[0] for sample in samples] == ["caption 0", "caption 1", "caption 2", "caption 4"]
     assert samples[3].path.name == "sea gull.webp" and samples[2].path.name.startswith("77_")
     assert skipped == [Skip(URLS[3], "4 URLs and 1 images are called image, so which is whose is unknown")]
+
+
+def test_cc3m_takes_no_running_number_for_a_url(tmp_path):
+    """Among images 0.jpg, 1.jpg, ... some are called like the last part or the crc32 of another's URL."""
+    put(tmp_path, "gull.jpg", "7.jpg", "000000008.jpg")
+    url = next(url for n in range(10**6) if zlib.crc32((url := f"http://x/{n}/?").encode()) < 100_000)
+    put(tmp_path, f"{zlib.crc32(url.encode())}.jpg", f"3_{zlib.crc32(url.encode())}.jpg")
+    urls = ["http://x/gull.jpg", "http://x/7.jpg", "http://x/000000008.jpg", url]
+    file = write(tmp_path / "t.tsv", "".join(f"caption\t{url}\n" for url in urls))
+    samples = read_captions("cc3m", [file], None, skipped=(skipped := []))
+    assert [sample.name for sample in samples] == urls[:1] and [skip.name for skip in skipped] == urls[1:]
+    assert "may be a running number" in skipped[0].reason
 
 
 def test_cc3m_of_img2dataset(tmp_path):
@@ -558,19 +576,22 @@ def test_files_that_cannot_be_opened(tmp_path):
 
 
 class Trap:
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return (Path.touch, (Path("/tmp/smaug_test_the_pickle_was_run"),))
+        return Path.touch, (self.path,)
 
 
 @pytest.mark.parametrize("name", ["raw-captions.pkl", "captions.json"])
 @pytest.mark.parametrize("protocol", [2, 5])
 def test_pickles_are_refused(tmp_path, name, protocol):
-    (tmp_path / name).write_bytes(pickle.dumps(Trap(), protocol))
+    (tmp_path / name).write_bytes(pickle.dumps(Trap(tmp_path / "was run"), protocol))
     said = refused("msvd", tmp_path / name)
     assert "is a pickle, and reading a pickle runs its code; use instead training_label.json or AllVideo" in said
     with pytest.raises(ManifestError, match="is a pickle"):
         read_answers(tmp_path / name)
-    assert not Path("/tmp/smaug_test_the_pickle_was_run").exists()
+    assert not (tmp_path / "was run").exists()
 
 
 def test_answers(tmp_path):
