@@ -174,12 +174,14 @@ class _Painter:
         self.result = result
         self.view = view
         self.reformatter = VideoReformatter()
+        self.part: VideoFrame | None = None  # reused for every frame of the clip
 
     def paint(self, frame: VideoFrame, rows: Sequence[int]) -> None:
         if frame.width * frame.height > MAX_PIXELS:
             raise DecodeError(too_large(frame.width, frame.height))
         size, turns = self.view.size, round(frame.rotation / 90) % 4  # FFmpeg and numpy both count anticlockwise
         height, width, top, left = self.view.place(frame.height, frame.width, turns)
+        frame, height, width, top, left = self._near(frame, height, width, top, left)
         if width * height > MAX_PIXELS:
             raise DecodeError(f"a frame of {frame.width} x {frame.height} is too long and thin")
         try:
@@ -196,6 +198,40 @@ class _Painter:
             square = square[:, ::-1]
         for row in rows:
             self.result[row] = square
+
+    def _near(
+        self, frame: VideoFrame, height: int, width: int, top: int, left: int
+    ) -> tuple[VideoFrame, int, int, int, int]:
+        """The part of a frame that the square is made of, as a frame with places of its own; the frame if that is
+        most of it. To scale the rest, for nothing, is half of the work for the middle square of a wide film."""
+        # Not of interlaced frames: swscale works on their fields.
+        if frame.format.name not in ("yuv420p", "yuvj420p") or frame.interlaced_frame:
+            return frame, height, width, top, left
+        first, last = [], []
+        for start, scaled, stored in ((top, height, frame.height), (left, width, frame.width)):
+            step = stored / scaled  # stored pixels for one
+            margin = 4 * max(1.0, step)  # what the filter reads outside, and half a pixel of rounding
+            first.append(max(0, math.floor(start * step - margin)) // 2 * 2)  # even: chroma has half as many
+            last.append(min(stored, math.ceil(((start + self.view.size) * step + margin) / 2) * 2))
+        tall, wide = last[0] - first[0], last[1] - first[1]
+        if tall * wide > 0.8 * frame.height * frame.width:
+            return frame, height, width, top, left
+        if self.part is None or (self.part.height, self.part.width, self.part.format.name) != (
+            tall, wide, frame.format.name,
+        ):  # fmt: skip
+            self.part = VideoFrame(wide, tall, frame.format.name)
+        for number, (source, target) in enumerate(zip(frame.planes, self.part.planes, strict=True)):
+            half = min(number, 1)
+            lines = np.frombuffer(source, np.uint8).reshape(-1, source.line_size)
+            rows, columns = (slice(a >> half, (b + half) >> half) for a, b in zip(first, last, strict=True))
+            cut = lines[rows, columns]
+            np.frombuffer(target, np.uint8).reshape(-1, target.line_size)[: cut.shape[0], : cut.shape[1]] = cut
+        self.part.colorspace, self.part.color_range = frame.colorspace, frame.color_range
+        high, long = round(tall * height / frame.height), round(wide * width / frame.width)
+        top -= round(first[0] * height / frame.height)
+        left -= round(first[1] * width / frame.width)
+        size = self.view.size
+        return self.part, high, long, min(max(top, 0), high - size), min(max(left, 0), long - size)
 
 
 def _open(source: Media) -> InputContainer:
