@@ -204,18 +204,16 @@ class _Painter:
     ) -> tuple[VideoFrame, int, int, int, int]:
         """The part of a frame that the square is made of, as a frame with places of its own; the frame if that is
         most of it. To scale the rest, for nothing, is half of the work for the middle square of a wide film."""
+        whole = frame, height, width, top, left
         # Not of interlaced frames: swscale works on their fields.
         if frame.format.name not in ("yuv420p", "yuvj420p") or frame.interlaced_frame:
-            return frame, height, width, top, left
-        first, last = [], []
-        for start, scaled, stored in ((top, height, frame.height), (left, width, frame.width)):
-            step = stored / scaled  # stored pixels for one
-            margin = 4 * max(1.0, step)  # what the filter reads outside, and half a pixel of rounding
-            first.append(max(0, math.floor(start * step - margin)) // 2 * 2)  # even: chroma has half as many
-            last.append(min(stored, math.ceil(((start + self.view.size) * step + margin) / 2) * 2))
-        tall, wide = last[0] - first[0], last[1] - first[1]
+            return whole
+        size = self.view.size
+        rows, high, top = _span(top, size, height, frame.height)
+        columns, long, left = _span(left, size, width, frame.width)
+        tall, wide = rows.stop - rows.start, columns.stop - columns.start
         if tall * wide > 0.8 * frame.height * frame.width:
-            return frame, height, width, top, left
+            return whole
         if self.part is None or (self.part.height, self.part.width, self.part.format.name) != (
             tall, wide, frame.format.name,
         ):  # fmt: skip
@@ -223,15 +221,35 @@ class _Painter:
         for number, (source, target) in enumerate(zip(frame.planes, self.part.planes, strict=True)):
             half = min(number, 1)
             lines = np.frombuffer(source, np.uint8).reshape(-1, source.line_size)
-            rows, columns = (slice(a >> half, (b + half) >> half) for a, b in zip(first, last, strict=True))
-            cut = lines[rows, columns]
+            cut = lines[_halved(rows, half), _halved(columns, half)]
             np.frombuffer(target, np.uint8).reshape(-1, target.line_size)[: cut.shape[0], : cut.shape[1]] = cut
         self.part.colorspace, self.part.color_range = frame.colorspace, frame.color_range
-        high, long = round(tall * height / frame.height), round(wide * width / frame.width)
-        top -= round(first[0] * height / frame.height)
-        left -= round(first[1] * width / frame.width)
-        size = self.view.size
-        return self.part, high, long, min(max(top, 0), high - size), min(max(left, 0), long - size)
+        return self.part, high, long, top, left
+
+
+def _span(start: int, size: int, scaled: int, stored: int) -> tuple[slice, int, int]:
+    """Along one side of a frame of `stored` pixels, which is to be `scaled`: the stored pixels that make `size` scaled
+    ones from `start` on, how many they are to be scaled to, and where among those the `size` begin.
+
+    It begins at an even pixel, since chroma has half as many. Of a few such beginnings and ends the ones are taken that
+    fall best on whole scaled pixels, or the picture would be shifted by up to half a pixel.
+    """
+    step = stored / scaled
+    margin = 2 * max(1.0, step) + 1  # what the bicubic filter reads outside
+
+    def off(pixels: int) -> float:
+        return abs(pixels / step - round(pixels / step))
+
+    low = max(0, math.floor(start * step - margin)) // 2 * 2
+    high = math.ceil(((start + size) * step + margin) / 2) * 2
+    first = min(range(low, max(-1, low - 20), -2), key=off)
+    last = min((stored if e > stored else e for e in range(high, high + 20, 2)), key=lambda end: off(end - first))
+    length = round((last - first) / step)
+    return slice(first, last), length, min(start - round(first / step), length - size)
+
+
+def _halved(pixels: slice, half: int) -> slice:
+    return slice(pixels.start >> half, (pixels.stop + half) >> half)
 
 
 def _open(source: Media) -> InputContainer:
