@@ -161,13 +161,14 @@ def run(options: Options, size: str, command: str) -> int:
     model = build(recipe, tokenizer.get_vocab_size(), way.impl).to(way.device)
     optimizer = adamw(model, recipe.optim)
     totals: dict[str, float] = {
-        "step": 0, "clips": 0, "tokens_computed": 0, "tokens_dense": 0, "device_seconds": 0.0, "wall_seconds": 0.0,
+        "step": 0, "clips": 0, "tokens_computed": 0, "tokens_dense": 0,
+        "device_seconds": 0.0, "data_seconds": 0.0, "wall_seconds": 0.0,
     }  # fmt: skip
     if options.resume:
         state, damaged = checkpoint.load_newest(folder / "checkpoints", model, optimizer)
         for sentence in damaged:
             console.print(sentence, style="yellow", highlight=False, soft_wrap=True)
-        totals = state["totals"] if state else totals
+        totals |= state["totals"] if state else {}
         at = f"step {totals['step']:.0f}" if state else "step 0, since there is no checkpoint yet"
         console.print(f"resuming at {at}", highlight=False)
 
@@ -278,8 +279,10 @@ class Loop:
                 saved = start
                 logged_at, clips = time.perf_counter(), 0
                 while self.totals["step"] < steps and not self.stop:
+                    waiting = time.perf_counter()
                     batch = next(batches).to(self.way.device)
                     before = time.perf_counter()
+                    self.totals["data_seconds"] += before - waiting
                     loss, parts = self._step(batch, int(self.totals["step"]))
                     step = self._count(batch)
                     clips += len(batch)

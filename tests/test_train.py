@@ -30,7 +30,7 @@ SMALL = [
     "--data.batch=16", "--log-every=1",
 ]  # fmt: skip
 SHAPES = [*SMALL, "--data.shapes", "64", "16", "16", "--optim.steps", "12"]
-TIMES = ("device_seconds", "wall_seconds", "clips_per_second")
+TIMES = ("device_seconds", "data_seconds", "wall_seconds", "clips_per_second")
 
 
 def rows(run):

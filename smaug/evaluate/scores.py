@@ -73,9 +73,10 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     console.print(table)
     if "device_seconds" in result:
         share = result["tokens_computed"] / max(1, result["tokens_dense"])
+        waited = result["data_seconds"] / max(1e-9, result["device_seconds"] + result["data_seconds"])
         console.print(
-            f"{result['device_seconds'] / 3600:.3f} device-hours ({result['wall_seconds'] / 60:.1f} minutes in all) on "
-            f"{result['machine']}",
+            f"{result['device_seconds'] / 3600:.3f} device-hours ({result['wall_seconds'] / 60:.1f} minutes in all, "
+            f"{waited:.1%} of the training waiting for data) on {result['machine']}",
             highlight=False,
         )
         console.print(

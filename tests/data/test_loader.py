@@ -26,12 +26,13 @@ VIDEOS, IMAGES = 9, 4
 FRAMES = 12
 
 
-def loader(clips, batch=4, seed=0, frames=4, view=1, mask=TextMask(0.4), mlm=0.5, **config):  # noqa: B008
+def loader(clips, batch=4, seed=0, frames=4, view=1, mask=TextMask(0.4), mlm=0.5, ranks=(0, 1), **config):  # noqa: B008
     tokenizer = text.train_tokenizer([c for s in clips.samples for c in s.captions], 300)
     config = DataConfig(batch=batch, **config)
     return Loader(
-        clips, tokenizer, config, frames=frames, view=view, max_words=16, text_mask=mask, mlm_ratio=mlm, seed=seed
-    )
+        clips, tokenizer, config, frames=frames, view=view, max_words=16, text_mask=mask, mlm_ratio=mlm, seed=seed,
+        rank=ranks[0], ranks=ranks[1],
+    )  # fmt: skip
 
 
 def same_words(a, b):
@@ -88,6 +89,58 @@ def test_a_batch_depends_on_seed_and_step_alone(mixed):
         assert same(again.batch(step), batches[step])
     assert not same(batches[0], batches[3])
     assert not same(loader(mixed, seed=1).batch(0), batches[0])
+
+
+def shown(batch):
+    """What a batch shows of each clip, by name."""
+    frames = [frames for group in batch.groups for frames in group.video]
+    return {name: (frames[i].numpy().tobytes(), batch.words.lengths[i]) for i, name in enumerate(batch.names)}
+
+
+def test_ranks_share_the_batch_of_one_process(mixed):
+    whole = loader(mixed, batch=12)
+    for ranks in (2, 3):
+        shares = [loader(mixed, batch=12, ranks=(rank, ranks)) for rank in range(ranks)]
+        for step in (0, 1, 5):
+            parts = [shown(share.batch(step)) for share in shares]
+            assert all(len(part) == 12 // ranks for part in parts)
+            assert {name: what for part in parts for name, what in part.items()} == shown(whole.batch(step))
+    with pytest.raises(ValueError, match="a batch of 13 pairs cannot be shared equally by 2 processes"):
+        loader(mixed, batch=13, ranks=(0, 2))
+
+
+def test_batches_of_images_and_of_videos_by_ratio(mixed):
+    source = loader(mixed, batch=2, image_share=0.25)
+    batches = [source.batch(step) for step in range(32)]
+    kinds = ["image" if batch.names[0].startswith("i") else "video" for batch in batches]
+    assert kinds == ["video", "video", "video", "image"] * 8
+    assert all(len({name[0] for name in batch.names}) == 1 for batch in batches)
+    images, videos = ([b for b, k in zip(batches, kinds, strict=True) if k == kind] for kind in ("image", "video"))
+    assert [b.epoch for b in images] == [0, 0, 1, 1, 2, 2, 3, 3]  # 4 images, 2 a batch
+    assert [b.epoch for b in videos][:9] == [0, 0, 0, 0, 1, 1, 1, 1, 2]  # 9 videos: one is left out each time
+    assert all(len({n for b in images[i : i + 2] for n in b.names}) == 4 for i in range(0, 8, 2))
+    assert same(loader(mixed, batch=2, image_share=0.25).batch(23), batches[23])
+    videos_only = replace(mixed, samples=mixed.samples[:VIDEOS])
+    with pytest.raises(ManifestError, match=r"--data.image-share 0.5 needs images and videos .* 0 images and 9 videos"):
+        loader(videos_only, image_share=0.5)
+
+
+def test_crops_and_flips_are_drawn_for_seed_epoch_and_sample(mixed, monkeypatch):
+    source = loader(mixed, batch=13, crop=(0.3, 0.6), flip="always")
+    views = {(n, epoch): source._view(n, epoch)[1:] for n in range(13) for epoch in range(8)}
+    assert len(set(views.values())) == len(views) and all(0.3 <= crop.area <= 0.6 for crop, _ in views.values())
+    assert 0.3 < sum(flip for _, flip in views.values()) / len(views) < 0.7
+    again = loader(mixed, batch=3, workers=1, crop=(0.3, 0.6), flip="always")
+    assert all(again._view(n, epoch)[1:] == view for (n, epoch), view in views.items())
+    assert not any(loader(mixed, flip="never")._view(n, 0)[2] for n in range(13))
+    sided = replace(mixed, samples=[replace(s, captions=("to the left", "x")) for s in mixed.samples])
+    assert not any(loader(sided, flip="auto")._view(n, e)[2] for n in range(13) for e in range(4))
+    assert any(loader(mixed, flip="auto")._view(n, e)[2] for n in range(13) for e in range(4))
+    plain = loader(mixed, crop=None, flip="never")._view(0, 0)
+    assert plain[1:] == (None, False)
+    # which frames are seen does not depend on how they are cropped
+    times = np.arange(FRAMES) / 8
+    assert plain[0](times) == source._view(0, 0)[0](times)
 
 
 def test_every_clip_once_an_epoch(mixed):
