@@ -143,7 +143,7 @@ def _rows(manifest: Path, columns: tuple[str, str, str]) -> Iterator[tuple[str, 
     try:
         yield from reader(manifest, columns)
     except FileNotFoundError:
-        raise ManifestError(f"{manifest} does not exist; check --data.manifest{_near_file(manifest)}.") from None
+        raise ManifestError(f"{manifest} does not exist; check --data.manifest{near_file(manifest)}.") from None
     except IsADirectoryError:
         raise ManifestError(f"{manifest} is a folder; --data.manifest takes a file ({KINDS}).") from None
     except PermissionError:
@@ -274,7 +274,7 @@ def _check_columns(manifest: Path, found: list[str], columns: tuple[str, str, st
     raise ManifestError(f"{manifest}: {problem}; {who_has} {', '.join(map(repr, found)) or 'nothing'}; {advice}.")
 
 
-def _near_file(manifest: Path) -> str:
+def near_file(manifest: Path) -> str:
     """'; did you mean x.csv' if its folder has something like it."""
     try:
         beside = [path.name for path in manifest.parent.iterdir()]
