@@ -97,8 +97,9 @@ def convert(options: ConvertOptions, console: Console) -> int:
             _write(options.out / "skipped.txt", "".join(f"{skip.name}: {skip.reason}\n" for skip in skipped))
     except KeyboardInterrupt:
         console.print(
-            f"stopped    {finished} of {len(shards)} shards are whole; the same command goes on", soft_wrap=True
-        )
+            f"stopped    {finished} of {len(shards)} shards are made; the same command goes on",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
         return 130
     except OSError as error:
         raise OSError(

@@ -4,7 +4,7 @@ A sample is the run of members that share a key, the name up to the first dot of
 `000000000.txt` and `000000000.json`. Only headers, captions and metadata are read; a clip is the place it has in the
 shard. What cannot be used is a Skip that says why, and nothing in a shard can raise.
 
-A header is parsed here and not by `tarfile`, which takes four times as long and reads into memory whatever size an
+A header is parsed here and not by `tarfile`, which takes three times as long and reads into memory whatever size an
 extended header claims.
 """
 
