@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from smaug.data.manifest import KINDS, ManifestError, Sample, Skip, near_file, read_manifest
-from smaug.data.media import Member, kind_of
-from smaug.data.shards import MAX_TEXT, clean, json_captions, read_shard
+from smaug.data.manifest import KINDS, ManifestError, Sample, Skip, clean, near_file, read_manifest
+from smaug.data.media import Member, kind_of, printable
+from smaug.data.shards import MAX_TEXT, json_captions, read_shard
 
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".parquet")
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")  # all but the first are refused by read_shard
@@ -171,5 +171,5 @@ def _beside(media: Path, there: dict[str, bool]) -> list[str] | str:
 
 
 def _shown(path: Path, top: Path) -> str:
-    """A path for a person: from the folder that was named, and printable whatever bytes it has."""
-    return os.fsencode(path.relative_to(top)).decode("utf-8", "backslashreplace")
+    """A path for a person, from the folder that was named."""
+    return printable(str(path.relative_to(top)))
