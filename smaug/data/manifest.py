@@ -106,7 +106,7 @@ def check_files(samples: Sequence[Sample]) -> tuple[list[Sample], list[Skip]]:
     return present, skipped
 
 
-def clean(said: list[Any]) -> list[str]:
+def clean(said: Sequence[Any]) -> list[str]:
     """Texts that say something; halves of surrogate pairs, which JSON may hold and UTF-8 may not, become U+FFFD."""
     texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in said if type(text) is str]
     return [text.strip() for text in texts if text.strip()]
