@@ -1,4 +1,4 @@
-"""A set of captioned clips that can be read by number: from files, or from the decoded map of the embedded set."""
+"""A set of captioned clips that can be read by number: from media files or a decoded map of the embedded set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from smaug.data.decode import Decoder, Got, Want, open_decoder
 from smaug.data.decode.choose import Choice
 from smaug.data.decode.contract import MAX_SECONDS
 from smaug.data.frames import Crop, FrameSampler, Pick
-from smaug.data.manifest import ManifestError, Sample, Skip, check_files, read_manifest
+from smaug.data.manifest import ManifestError, Sample, Skip, check_files
+from smaug.data.source import read_source, source_name
 
 View = tuple[Pick, Crop | None, bool]  # which frames of a clip, which part of them, and whether left is right
 CPU = torch.device("cpu")
@@ -26,9 +27,9 @@ CPU = torch.device("cpu")
 class DataConfig:
     """What to train on. With no manifest: the embedded data set `shapes`."""
 
-    manifest: tuple[Path, ...] = ()  # CSV, TSV, JSONL or Parquet files; several are joined
+    manifest: tuple[Path, ...] = ()  # CSV, TSV, JSONL or Parquet; folders; .tar shards, '{000..041}.tar'; or several
     root: Path | None = None  # folder that the paths in a manifest start from; default: the manifest's own
-    eval_manifest: tuple[Path, ...] = ()  # pairs to evaluate on; default: the training pairs, and the result says so
+    eval_manifest: tuple[Path, ...] = ()  # pairs to evaluate on; default: those trained on, and the result says so
     video_column: str = "video"
     image_column: str = "image"
     caption_column: str = "caption"
@@ -100,15 +101,15 @@ def open_shapes(split: str, config: DataConfig, size: int, report: shapes.Report
 
 
 def open_manifest(paths: Sequence[Path], config: DataConfig, size: int, device: torch.device = CPU) -> Clips:
-    """One's own data. Missing files are listed in `skipped`; too many of them end the run here."""
+    """One's own data, all that `read_source` takes. Missing files are in `skipped`; too many end the run here."""
     skipped: list[Skip] = []
     columns = (config.video_column, config.image_column, config.caption_column)
-    samples = read_manifest(paths, config.root, *columns, skipped=skipped)
+    samples = read_source(paths, config.root, *columns, skipped=skipped)
     total = len(samples)
     samples, missing = check_files(samples)
     check_share(missing, total, config.max_bad)
     return Clips(
-        " + ".join(p.name for p in paths),
+        source_name(paths),
         samples,
         size,
         _decoder(config, device),

@@ -106,6 +106,12 @@ def check_files(samples: Sequence[Sample]) -> tuple[list[Sample], list[Skip]]:
     return present, skipped
 
 
+def clean(said: Sequence[Any]) -> list[str]:
+    """Texts that say something; halves of surrogate pairs, which JSON may hold and UTF-8 may not, become U+FFFD."""
+    texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in said if type(text) is str]
+    return [text.strip() for text in texts if text.strip()]
+
+
 def _sample(where: str, row: dict[str, Any] | str, columns: tuple[str, str, str]) -> tuple[str, str, list[str]] | Skip:
     """(kind, file name, captions) of a row, or why it has none. `row` is a string if it could not be split."""
     if isinstance(row, str):
@@ -126,7 +132,7 @@ def _sample(where: str, row: dict[str, Any] | str, columns: tuple[str, str, str]
     said = caption if isinstance(caption, list) else [caption]
     if wrong := [value for value in said if value is not None and not isinstance(value, str)]:
         return Skip(name, f"{where}: a caption must be text, not {wrong[0]!r}")
-    texts = [text.strip() for text in said if text and text.strip()]
+    texts = clean(said)
     return (kind, name, texts) if texts else Skip(name, f"{where}: empty {caption_column}")
 
 
@@ -143,7 +149,7 @@ def _rows(manifest: Path, columns: tuple[str, str, str]) -> Iterator[tuple[str, 
     try:
         yield from reader(manifest, columns)
     except FileNotFoundError:
-        raise ManifestError(f"{manifest} does not exist; check --data.manifest{_near_file(manifest)}.") from None
+        raise ManifestError(f"{manifest} does not exist; check --data.manifest{near_file(manifest)}.") from None
     except IsADirectoryError:
         raise ManifestError(f"{manifest} is a folder; --data.manifest takes a file ({KINDS}).") from None
     except PermissionError:
@@ -274,7 +280,7 @@ def _check_columns(manifest: Path, found: list[str], columns: tuple[str, str, st
     raise ManifestError(f"{manifest}: {problem}; {who_has} {', '.join(map(repr, found)) or 'nothing'}; {advice}.")
 
 
-def _near_file(manifest: Path) -> str:
+def near_file(manifest: Path) -> str:
     """'; did you mean x.csv' if its folder has something like it."""
     try:
         beside = [path.name for path in manifest.parent.iterdir()]

@@ -6,6 +6,7 @@ import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,21 @@ class Member:
 
 
 Media = Path | Member | bytes
+
+# What a name's ending says of a file in a folder or in a shard; a manifest says it by its columns instead.
+VIDEOS = {"3gp", "avi", "flv", "gif", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "ogv", "webm", "wmv"}
+IMAGES = {"avif", "bmp", "jpeg", "jpg", "png", "tif", "tiff", "webp"}
+
+
+def kind_of(suffix: str) -> Literal["video", "image"] | None:
+    """`suffix` without its dot, in any case; None: neither."""
+    ending = suffix.lower()
+    return "video" if ending in VIDEOS else "image" if ending in IMAGES else None
+
+
+def printable(name: str) -> str:
+    """A file's name for a person; bytes that are not UTF-8, which no terminal or JSON takes, as \\xe9."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def read_bytes(media: Media) -> bytes:
