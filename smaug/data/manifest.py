@@ -143,7 +143,7 @@ def _rows(manifest: Path, columns: tuple[str, str, str]) -> Iterator[tuple[str, 
     try:
         yield from reader(manifest, columns)
     except FileNotFoundError:
-        raise ManifestError(f"{manifest} does not exist; check --data.manifest{_near_file(manifest)}.") from None
+        raise ManifestError(f"{manifest} does not exist; check --data.manifest{near_file(manifest)}.") from None
     except IsADirectoryError:
         raise ManifestError(f"{manifest} is a folder; --data.manifest takes a file ({KINDS}).") from None
     except PermissionError:
@@ -152,7 +152,7 @@ def _rows(manifest: Path, columns: tuple[str, str, str]) -> Iterator[tuple[str, 
         raise ManifestError(f"{manifest} cannot be read: {error.strerror or error}; write or copy it again.") from None
     except UnicodeDecodeError:
         raise ManifestError(
-            f"{manifest}, line {_line_not_utf8(manifest)}, is not UTF-8; save the file as UTF-8, "
+            f"{manifest}, line {line_not_utf8(manifest)}, is not UTF-8; save the file as UTF-8, "
             f"for example: iconv -f latin1 -t utf-8 {manifest.name} > utf8{manifest.suffix}"
         ) from None
 
@@ -274,7 +274,7 @@ def _check_columns(manifest: Path, found: list[str], columns: tuple[str, str, st
     raise ManifestError(f"{manifest}: {problem}; {who_has} {', '.join(map(repr, found)) or 'nothing'}; {advice}.")
 
 
-def _near_file(manifest: Path) -> str:
+def near_file(manifest: Path) -> str:
     """'; did you mean x.csv' if its folder has something like it."""
     try:
         beside = [path.name for path in manifest.parent.iterdir()]
@@ -284,7 +284,7 @@ def _near_file(manifest: Path) -> str:
     return f"; did you mean {near[0]}" if near else ""
 
 
-def _line_not_utf8(manifest: Path) -> int:
+def line_not_utf8(manifest: Path) -> int:
     with manifest.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
