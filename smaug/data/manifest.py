@@ -158,7 +158,7 @@ def _rows(manifest: Path, columns: tuple[str, str, str]) -> Iterator[tuple[str, 
         raise ManifestError(f"{manifest} cannot be read: {error.strerror or error}; write or copy it again.") from None
     except UnicodeDecodeError:
         raise ManifestError(
-            f"{manifest}, line {_line_not_utf8(manifest)}, is not UTF-8; save the file as UTF-8, "
+            f"{manifest}, line {line_not_utf8(manifest)}, is not UTF-8; save the file as UTF-8, "
             f"for example: iconv -f latin1 -t utf-8 {manifest.name} > utf8{manifest.suffix}"
         ) from None
 
@@ -290,7 +290,7 @@ def near_file(manifest: Path) -> str:
     return f"; did you mean {near[0]}" if near else ""
 
 
-def _line_not_utf8(manifest: Path) -> int:
+def line_not_utf8(manifest: Path) -> int:
     with manifest.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
