@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from smaug.data import shapes
+from smaug.data.annotations import Format, read_captions
 from smaug.data.decode import Decoder, Got, Want, open_decoder
 from smaug.data.decode.choose import Choice
 from smaug.data.decode.contract import MAX_SECONDS
@@ -28,6 +29,7 @@ class DataConfig:
     """What to train on. With no manifest: the embedded data set `shapes`."""
 
     manifest: tuple[Path, ...] = ()  # CSV, TSV, JSONL or Parquet; folders; .tar shards, '{000..041}.tar'; or several
+    format: Format | None = None  # the manifests are annotation files of this data set; none: as in README.md
     root: Path | None = None  # folder that the paths in a manifest start from; default: the manifest's own
     eval_manifest: tuple[Path, ...] = ()  # pairs to evaluate on; default: those trained on, and the result says so
     video_column: str = "video"
@@ -37,16 +39,9 @@ class DataConfig:
     batch: int = 64  # pairs a step
     decoder: Choice = "auto"  # who reads videos; one that is named is used, or the run does not begin
     sampler: FrameSampler = FrameSampler()
-    crop: tuple[float, float] | None = (
-        0.5,
-        1.0,
-    )  # least and greatest share of a frame; none: the middle square. Files only
-    flip: Literal["auto", "always", "never"] = (
-        "auto"  # half of the clips; auto: but those whose captions say left or right
-    )
-    image_share: float | None = (
-        None  # of the batches, made of images alone; none: they come mixed, as the order has them
-    )
+    crop: tuple[float, float] | None = (0.5, 1.0)  # least and greatest share of a frame; none: the middle square
+    flip: Literal["auto", "always", "never"] = "auto"  # half of the clips; auto: not where captions say left or right
+    image_share: float | None = None  # share of the batches that are images alone; none: kinds come mixed
     cache: bool = True  # read the embedded set from its decoded map; without it every clip is decoded live
     max_bad: float = 0.05  # share of unusable files above which a run stops
     vocabulary: int = 8192  # word pieces at most
@@ -104,7 +99,10 @@ def open_manifest(paths: Sequence[Path], config: DataConfig, size: int, device: 
     """One's own data, all that `read_source` takes. Missing files are in `skipped`; too many end the run here."""
     skipped: list[Skip] = []
     columns = (config.video_column, config.image_column, config.caption_column)
-    samples = read_source(paths, config.root, *columns, skipped=skipped)
+    if config.format is not None:
+        samples = read_captions(config.format, paths, config.root, skipped=skipped)
+    else:
+        samples = read_source(paths, config.root, *columns, skipped=skipped)
     total = len(samples)
     samples, missing = check_files(samples)
     check_share(missing, total, config.max_bad)
