@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 from smaug.data.check import CheckOptions, check
 from smaug.data.convert import ConvertOptions, convert
@@ -36,7 +37,8 @@ def main() -> int:
         return reencode(options, Console(markup=False))
     except (ValueError, OSError) as error:
         # what a run calls --data.root is --root here
-        errors.print(f"smaug: {str(error).replace('--data.', '--')}", highlight=False, soft_wrap=True)
+        text = escape(str(error).replace("--data.", "--"))
+        errors.print(f"[red]smaug:[/] {text}", markup=True, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         errors.print("smaug: stopped; the same command goes on from here.", highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,8 +68,8 @@ class CheckOptions:
 class Verdict:
     """What a file is. With a `reason` it is bad, and the rest says nothing."""
 
+    kind: str
     reason: str = ""
-    kind: str = ""
     codec: str = ""
     container: str = ""
     width: int = 0  # as stored
@@ -133,7 +133,12 @@ def _judge(samples: Sequence[Sample], options: CheckOptions, console: Console) -
         console.print(f"warning: {text}", highlight=False, soft_wrap=True)
 
     journal = Journal(shapes.cache_folder() / "check" / f"{digest}.jsonl", Verdict, warn, options.fresh)
-    verdicts = {n: known for n, sample in enumerate(samples) if (known := journal.get(sample.path)) is not None}
+    # the kind: a row that called a video an image may have been mended
+    verdicts = {
+        number: known
+        for number, sample in enumerate(samples)
+        if (known := journal.get(sample.path)) is not None and known.kind == sample.kind
+    }
     if verdicts:
         console.print(
             f"{'known':<11}{len(verdicts)} of {len(samples)} files from an earlier check, unchanged since; "
@@ -147,10 +152,11 @@ def _judge(samples: Sequence[Sample], options: CheckOptions, console: Console) -
 
     def one(number: int) -> Verdict:
         sample = samples[number]
-        return note(number, judge(lambda: examine(sample.path, sample.kind, options.frames, options.full, seconds)))
+        return note(number, judge(sample, options.frames, options.full, seconds))
 
     def late(number: int) -> Verdict:
-        return note(number, Verdict(f"does not come back from decoding; left alone after {threads.seconds:.0f} s"))
+        reason = f"does not come back from decoding; left alone after {threads.seconds:.0f} s"
+        return note(number, Verdict(samples[number].kind, reason))
 
     def note(number: int, verdict: Verdict) -> Verdict:
         nonlocal bad
@@ -167,14 +173,13 @@ def _judge(samples: Sequence[Sample], options: CheckOptions, console: Console) -
     return [verdicts[n] for n in range(len(samples))]
 
 
-def judge(look: Callable[[], Verdict]) -> Verdict:
-    """`look`'s verdict; whatever it raises is a reason, since one file must not end a check of a million."""
+def judge(sample: Sample, frames: int, full: bool, seconds: float) -> Verdict:
     try:
-        return look()
+        return examine(sample.path, sample.kind, frames, full, seconds)
     except DecodeError as error:
-        return Verdict(error.reason)
-    except Exception as error:  # MemoryError as well: a file that asks for too much
-        return Verdict(f"{type(error).__name__}: {error}".removesuffix(": "))
+        return Verdict(sample.kind, error.reason)
+    except Exception as error:  # also MemoryError: one file must not end a check of a million
+        return Verdict(sample.kind, f"{type(error).__name__}: {error}".removesuffix(": "))
 
 
 def examine(media: Media, kind: str, frames: int, full: bool, seconds: float) -> Verdict:
@@ -189,7 +194,7 @@ def examine(media: Media, kind: str, frames: int, full: bool, seconds: float) ->
         read_image(media, SIZE)
         with Image.open(media if isinstance(media, Path) else io.BytesIO(read_bytes(media))) as image:
             codec = (image.format or "").lower()
-            return Verdict("", kind, codec, codec, image.width, image.height, 1, 1, 0.0, 1, False, size)
+            return Verdict(kind, "", codec, codec, image.width, image.height, 1, 1, 0.0, 1, False, size)
 
     with _open(media) as container:
         stream = video_stream(container)
@@ -197,9 +202,10 @@ def examine(media: Media, kind: str, frames: int, full: bool, seconds: float) ->
         codec = stream.codec_context.codec.canonical_name
         width, height = stream.codec_context.width, stream.codec_context.height
         audio = bool(container.streams.audio)
-        form = container.format.name.split(",")
+        form = container.format.name.split(",")  # mov,mp4,m4a,...
+        suffix = media.suffix[1:].lower() if isinstance(media, Path) else ""
+        suffix = suffix if suffix in form else "mp4" if "mp4" in form else form[0]
         rate = float(stream.average_rate or 0) or 25.0
-    suffix = media.suffix[1:].lower() if isinstance(media, Path) else ""
     wanted = [index.shown[i] for i in middle_segments(len(index.shown), frames)]
     decoded = sum(last - first + 1 for first, last in ranges(index, wanted))
 
@@ -214,7 +220,7 @@ def examine(media: Media, kind: str, frames: int, full: bool, seconds: float) ->
     read_frames(media, pick, SIZE, seconds=seconds)
     length = float(times[-1]) * len(times) / (len(times) - 1) if len(times) > 1 else 1 / rate
     return Verdict(
-        "", kind, codec, suffix if suffix in form else form[0], width, height, len(times), len(index.keys),
+        kind, "", codec, suffix, width, height, len(times), len(index.keys),
         length, decoded, audio, size,
     )  # fmt: skip
 
@@ -250,13 +256,13 @@ def summary(listing: Listing, good: Sequence[Verdict], bad: Sequence[Skip]) -> d
     }
 
 
-def _counted(values: Any) -> dict[str, int]:
+def _counted(values: Iterable[str]) -> dict[str, int]:
     return dict(Counter(values).most_common())
 
 
 def _tell(report: dict[str, Any], good: Sequence[Verdict], options: CheckOptions, console: Console) -> None:
-    def line(what: str, text: str) -> None:
-        console.print(f"{what:<11}{text}", highlight=False, soft_wrap=True)
+    def line(what: str, text: str, style: str | None = None) -> None:
+        console.print(f"{what:<11}{text}", style=style, highlight=False, soft_wrap=True)
 
     table = Table(box=None, pad_edge=False)
     for heading in ("codec", "container", "size", "files", "hours", "frames/s", "frames/key", "MB"):
@@ -285,7 +291,7 @@ def _tell(report: dict[str, Any], good: Sequence[Verdict], options: CheckOptions
     if report["ignored"]:
         line("ignored", f"{report['ignored']} files that are no media by their names")
     for skip in report["bad"][:SHOWN]:
-        console.print(f"{'bad':<11}{printable(skip['name'])}: {printable(skip['reason'])}", style="red", soft_wrap=True)
+        line("bad", f"{printable(skip['name'])}: {printable(skip['reason'])}", "red")
     if (more := len(report["bad"]) - SHOWN) > 0:
         line("", f"and {more} more" + ("" if options.json else "; --json report.json has them all"))
     if hint := advice(good, options.frames):

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -120,21 +121,26 @@ def reencode(options: ReencodeOptions, console: Console) -> int:
 
     samples, stems = listing.samples, target_stems(listing.samples)
     journal = Journal(record, Done, lambda text: console.print(f"warning: {text}", soft_wrap=True))
-    settings = f"{options.codec} {options.short_side} {options.gop} {options.fps} {options.crf}"
+    asked = f"{options.codec} {options.short_side} {options.gop} {options.fps} {options.crf}"
+    settings = [f"{sample.kind} {asked}" for sample in samples]
     done: dict[int, Done] = {}
     for number, sample in enumerate(samples):
         known = journal.get(sample.path)
-        if known is not None and known.settings == settings and (known.reason or _is_there(out / known.out, known)):
-            done[number] = known
+        if known is not None and known.settings == settings[number]:
+            # under its name of today: another file may have come that takes the old one
+            here = os.path.splitext(known.out)[0] == stems[number] and _has_size(out / known.out, known.size)
+            if known.reason or here:
+                done[number] = known
     if done:
         console.print(f"{'known':<11}{len(done)} of {len(samples)} files are done already", highlight=False)
 
     full: list[Exception] = []
+    over = threading.Event()  # a thread that is left behind finds its folder gone, which is no news of its file
     seconds = options.clip_seconds * PATIENCE
 
     def one(number: int) -> Done:
         if full:
-            return Done(settings, reason="not begun")
+            return Done(settings[number], reason="not begun")
         sample = samples[number]
         try:
             made = _write(sample.path, sample.kind, aside / str(number), options, time.monotonic() + seconds)
@@ -142,21 +148,24 @@ def reencode(options: ReencodeOptions, console: Console) -> int:
             target.parent.mkdir(parents=True, exist_ok=True)
             size = made.stat().st_size
             os.replace(made, target)
-            result = Done(settings, str(target.relative_to(out)), "", size)
+            result = Done(settings[number], str(target.relative_to(out)), "", size)
         except DecodeError as error:
-            result = Done(settings, reason=error.reason)
+            result = Done(settings[number], reason=error.reason)
         except Exception as error:  # one file must not end the work on a million
             if getattr(error, "errno", None) in FULL:
                 full.append(error)
-                return Done(settings, reason="not begun")
-            result = Done(settings, reason=f"{type(error).__name__}: {error}".removesuffix(": "))
+                return Done(settings[number], reason="not begun")
+            bars.advance(task)  # no entry in the journal: it may go better next time
+            return Done(settings[number], reason=f"{type(error).__name__}: {error}".removesuffix(": "))
         return note(number, result)
 
     def late(number: int) -> Done:
-        return note(number, Done(settings, reason=f"does not come back; left alone after {threads.seconds:.0f} s"))
+        reason = f"does not come back; left alone after {threads.seconds:.0f} s"
+        return note(number, Done(settings[number], reason=reason))
 
     def note(number: int, result: Done) -> Done:
-        journal.add(samples[number].path, result)
+        if not over.is_set():
+            journal.add(samples[number].path, result)
         bars.advance(task)
         return result
 
@@ -167,6 +176,7 @@ def reencode(options: ReencodeOptions, console: Console) -> int:
             task = bars.add_task("encoding", total=len(samples), completed=len(done))
             done |= dict(zip(todo, threads.map(one, todo, late), strict=True))
     finally:
+        over.set()
         threads.close()
         shutil.rmtree(aside, ignore_errors=True)
     if full:
@@ -195,8 +205,8 @@ def reencode(options: ReencodeOptions, console: Console) -> int:
     return 0
 
 
-def _is_there(path: Path, known: Done) -> bool:
-    return path.is_file() and path.stat().st_size == known.size
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _replace(path: Path, lines: Sequence[str]) -> None:
@@ -243,10 +253,13 @@ def _write(media: Media, kind: str, aside: Path, options: ReencodeOptions, until
     aside = aside.with_name(aside.name + ENDS[options.codec])
     written = write_video(media, aside, options.codec, options.short_side, options.gop, options.fps, options.crf, until)
     # FFmpeg buffers what it writes; a disk that was full for a moment is seen in what can be read back.
-    with _open(aside) as container:
-        found = len(index_packets(container, video_stream(container), until).shown)
+    try:
+        with _open(aside) as container:
+            found = len(index_packets(container, video_stream(container), until).shown)
+    except DecodeError as error:
+        raise OSError(f"what was written cannot be read back: {error.reason}") from None
     if found != written:
-        raise OSError(f"{found} of {written} frames can be read back")
+        raise OSError(f"{found} of {written} frames that were written can be read back")
     return aside
 
 
@@ -258,9 +271,10 @@ def write_video(
         stream = video_stream(source)
         stream.codec_context.thread_count = 1
         index = index_packets(source, stream, until)
-        aspect, rate = _pixel_aspect(stream), Fraction(_rate(stream)).limit_denominator(1001)
+        aspect = _pixel_aspect(stream)
+        rate = max(Fraction(_rate(stream)).limit_denominator(1001), Fraction(1, 1001))
         base = stream.time_base if index.timed and stream.time_base is not None else 1 / rate
-        tick = max(base, Fraction(1, 10**6))  # of the output; MP4 has 32 bits for it
+        tick = max(base, Fraction(1, 10**6 if codec == "h264" else 1000))  # of the output; WebM counts in ms
         first = index.pts[index.shown[0]] if index.timed else 0
         last, slot, count = -1, -1, 0
         scaler = VideoReformatter()

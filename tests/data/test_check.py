@@ -150,6 +150,10 @@ def test_a_changed_file_is_looked_at_again(tmp_path, monkeypatch):
     seen.clear()
     report_of(tmp_path / "v", fresh=True)
     assert sorted(seen) == ["a.mp4", "b.mp4"]
+    (tmp_path / "m.csv").write_text("image,caption\nv/a.mp4,A dog.\n")
+    assert report_of(tmp_path / "m.csv")["bad"] == [{"name": "v/a.mp4", "reason": "not a picture"}]
+    (tmp_path / "m.csv").write_text("video,caption\nv/a.mp4,A dog.\n")
+    assert report_of(tmp_path / "m.csv")["good"] == 1
 
 
 def test_no_file_ends_it(tmp_path, monkeypatch):
@@ -213,13 +217,13 @@ def test_a_journal_forgets_what_it_cannot_read(tmp_path):
     file = tmp_path / "a"
     file.write_text("x")
     journal = Journal(tmp_path / "j.jsonl", Verdict, pytest.fail)
-    journal.add(file, Verdict("bad"))
+    journal.add(file, Verdict("video", "bad"))
     line = (tmp_path / "j.jsonl").read_bytes().strip()
     for text in (line[:-3], line.replace(b"reason", b"wrong"), b"\xff", b"[1]", b"null"):
         (tmp_path / "j.jsonl").write_bytes(text)
         assert Journal(tmp_path / "j.jsonl", Verdict, pytest.fail).get(file) is None
     (tmp_path / "j.jsonl").write_bytes(line)
-    assert Journal(tmp_path / "j.jsonl", Verdict, pytest.fail).get(file) == Verdict("bad")
+    assert Journal(tmp_path / "j.jsonl", Verdict, pytest.fail).get(file) == Verdict("video", "bad")
 
 
 def test_captions_are_wrapped():
