@@ -64,7 +64,7 @@ def convert(options: ConvertOptions, console: Console) -> int:
         raise ManifestError(f"{options.per_shard} samples a shard; --per-shard is at least 1.")
     out = options.out.resolve()
     for path in options.source:
-        if path.is_dir() and out.is_relative_to(path.resolve()):
+        if os.path.isdir(path) and out.is_relative_to(path.resolve()):
             raise ManifestError(f"{options.out} lies in {path}, which it is made of; choose a folder elsewhere.")
     skipped: list[Skip] = []
     columns = (options.video_column, options.image_column, options.caption_column)
@@ -95,6 +95,9 @@ def convert(options: ConvertOptions, console: Console) -> int:
                     _write(stats, json.dumps(counts | {"skipped": [[skip.name, skip.reason] for skip in bad]}))
                 skipped += bad
                 finished += 1
+                if not console.is_terminal and finished * 10 // len(shards) > (finished - 1) * 10 // len(shards):
+                    # ten lines in a log
+                    console.print(f"convert    {finished} of {len(shards)} shards", highlight=False)
                 bars.update(task, completed=min((number + 1) * options.per_shard, len(samples)))
             _write(options.out / "skipped.txt", "".join(f"{skip.name}: {skip.reason}\n" for skip in skipped))
     except KeyboardInterrupt:

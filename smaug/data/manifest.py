@@ -106,6 +106,12 @@ def check_files(samples: Sequence[Sample]) -> tuple[list[Sample], list[Skip]]:
     return present, skipped
 
 
+def clean(said: Sequence[Any]) -> list[str]:
+    """Texts that say something; halves of surrogate pairs, which JSON may hold and UTF-8 may not, become U+FFFD."""
+    texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in said if type(text) is str]
+    return [text.strip() for text in texts if text.strip()]
+
+
 def _sample(where: str, row: dict[str, Any] | str, columns: tuple[str, str, str]) -> tuple[str, str, list[str]] | Skip:
     """(kind, file name, captions) of a row, or why it has none. `row` is a string if it could not be split."""
     if isinstance(row, str):
@@ -126,7 +132,7 @@ def _sample(where: str, row: dict[str, Any] | str, columns: tuple[str, str, str]
     said = caption if isinstance(caption, list) else [caption]
     if wrong := [value for value in said if value is not None and not isinstance(value, str)]:
         return Skip(name, f"{where}: a caption must be text, not {wrong[0]!r}")
-    texts = [text.strip() for text in said if text and text.strip()]
+    texts = clean(said)
     return (kind, name, texts) if texts else Skip(name, f"{where}: empty {caption_column}")
 
 

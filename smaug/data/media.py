@@ -34,6 +34,11 @@ def kind_of(suffix: str) -> Literal["video", "image"] | None:
     return "video" if ending in VIDEOS else "image" if ending in IMAGES else None
 
 
+def printable(name: str) -> str:
+    """A file's name for a person; bytes that are not UTF-8, which no terminal or JSON takes, as \\xe9."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def read_bytes(media: Media) -> bytes:
     """All of it, in memory. Raises OSError; a member that the archive does not wholly hold is an OSError too."""
     if isinstance(media, bytes):

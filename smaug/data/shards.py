@@ -23,13 +23,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smaug.data import shapes
-from smaug.data.manifest import Sample, Skip
-from smaug.data.media import Member, file_reason, kind_of
+from smaug.data.manifest import Sample, Skip, clean
+from smaug.data.media import Member, file_reason, kind_of, printable
 
 MAX_TEXT = 2**20  # bytes of a caption, of metadata or of an extended header; longer ones are not what they claim to be
 VERSION = 1  # raise it whenever the same shard would be indexed differently
 COMPRESSED = {b"\x1f\x8b": "gzip -d", b"BZh": "bzip2 -d", b"\xfd7zXZ": "xz -d", b"\x28\xb5\x2f\xfd": "zstd -d"}
 BLOCK = 512
+EXTENDED = b"xXLKg"  # types of headers that tell something of the next member
+LEADS_OUT = re.compile(r"^[/\\]|^[A-Za-z]:[/\\]|(^|[/\\])\.\.([/\\]|$)")
 LINKS_AND_DEVICES = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
 
 
@@ -54,20 +56,19 @@ def read_shard(tar: Path) -> tuple[list[Sample], list[Skip]]:
     except (OSError, ValueError):
         return index_shard(tar)
     known = f"{VERSION} {os.path.abspath(tar)} {found.st_size} {found.st_mtime_ns}"
-    name = hashlib.sha256(known.encode(errors="surrogateescape")).hexdigest()[:32]
-    cached = shapes.cache_folder() / "index" / f"{name}.json.gz"
+    digest = hashlib.sha256(known.encode(errors="surrogateescape")).hexdigest()
+    cached = shapes.cache_folder() / "index" / f"{digest[:32]}.json.gz"
     try:
         rows, skipped = json.loads(gzip.decompress(cached.read_bytes()))  # gzip's own checksum guards it
         samples = [
-            Sample(Member(tar, offset, size), kind, tuple(captions), f"{tar.name}:{key}")
-            for key, kind, offset, size, captions in rows
+            Sample(Member(tar, offset, size), kind, tuple(captions), name)
+            for name, kind, offset, size, captions in rows
         ]
         return samples, [Skip(*skip) for skip in skipped]
     except (OSError, EOFError, ValueError, TypeError, zlib.error):
         pass  # not there, or damaged: made anew
     samples, skips = index_shard(tar)
-    start = len(tar.name) + 1
-    rows = [[s.name[start:], s.kind, s.path.offset, s.path.size, s.captions] for s in samples]  # type: ignore[union-attr]
+    rows = [[s.name, s.kind, s.path.offset, s.path.size, s.captions] for s in samples]  # type: ignore[union-attr]
     aside = cached.with_name(f".{cached.name}.aside-{socket.gethostname()}-{os.getpid()}")
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -85,8 +86,9 @@ def index_shard(tar: Path) -> tuple[list[Sample], list[Skip]]:
     Captions are the list `captions` of the sample's .json, else its .txt, else `caption` of the .json. Bytes that are
     not UTF-8 become U+FFFD. Members that are links or devices, or whose names lead out of the shard, are refused.
     """
+    shard = printable(tar.name)
     if reason := file_reason(tar):
-        return [], [Skip(tar.name, reason)]
+        return [], [Skip(shard, reason)]
     samples: list[Sample] = []
     skipped: list[Skip] = []
     seen: set[str] = set()
@@ -96,7 +98,7 @@ def index_shard(tar: Path) -> tuple[list[Sample], list[Skip]]:
         """The group of members read so far becomes a sample, unless something is wrong with it."""
         if not parts:
             return
-        name = f"{tar.name}:{key}"
+        name = f"{shard}:{key}"
         made: Sample | str
         if key in seen:
             made = "its key came before, and the first is used; members of one sample lie together: tar --sort=name"
@@ -116,20 +118,20 @@ def index_shard(tar: Path) -> tuple[list[Sample], list[Skip]]:
                     folder, slash, last = entry.name.rpartition("/")
                     stem, _, suffix = last.partition(".")
                     if reason := _refusal(entry):
-                        skipped.append(Skip(f"{tar.name}:{entry.name}", f"refused: {reason}"))
+                        skipped.append(Skip(f"{shard}:{entry.name}", f"refused: {reason}"))
                     elif stem and suffix and entry.kind != b"5":  # without a stem: a hidden file
                         if key != folder + slash + stem:
                             close()
                             key, parts = folder + slash + stem, {}
                         if suffix.lower() in parts:
-                            skipped.append(Skip(f"{tar.name}:{entry.name}", "comes a second time; the first is used"))
+                            skipped.append(Skip(f"{shard}:{entry.name}", "comes a second time; the first is used"))
                         else:
                             parts[suffix.lower()] = entry
             except _DamagedError as error:
-                skipped.append(Skip(tar.name, str(error)))
+                skipped.append(Skip(shard, str(error)))
             close()
     except OSError as error:
-        skipped.append(Skip(tar.name, f"cannot be read: {error.strerror or error}"))
+        skipped.append(Skip(shard, f"cannot be read: {error.strerror or error}"))
     return samples, skipped
 
 
@@ -149,20 +151,22 @@ def _entries(file: int) -> Iterator[_Entry]:
             if sum(block) - sum(block[148:156]) + 256 != _number(block[148:156]):
                 raise ValueError
             kind, header, offset = block[156:157], at, at + BLOCK
-            size = int(extended["size"]) if "size" in extended else _number(block[124:136])
+            own = kind in EXTENDED or "size" not in extended
+            size = _number(block[124:136]) if own else int(extended["size"])
             # links, devices and folders have a size at times, and never data
             stored = 0 if kind == b"5" or kind in LINKS_AND_DEVICES else size
             if size < 0 or kind == b"S":  # S: sparse, in a form whose data does not lie in one piece
                 raise ValueError
         except ValueError:
-            how = [do for magic, do in COMPRESSED.items() if at == 0 and block.startswith(magic)]
-            what = f"compressed, so no clip can be read alone; unpack it: {how[0]}" if how else "no header of a tar"
-            raise _DamagedError(what if how else f"damaged at byte {at}: {what}") from None
+            for magic, command in COMPRESSED.items():
+                if at == 0 and block.startswith(magic):
+                    raise _DamagedError(f"compressed, so no clip can be read alone; unpack it: {command}") from None
+            raise _DamagedError(f"damaged at byte {at}: no header of a plain tar") from None
         at = offset + -(-stored // BLOCK) * BLOCK
         if offset + stored > end:
             raise _DamagedError(f"truncated: a member at byte {header} needs {offset + stored} bytes, there are {end}")
-        if kind in b"xXLKg":
-            if kind in b"xXL":
+        if kind in EXTENDED:
+            if kind in b"xXL":  # the others name what a link leads to, or hold for a whole archive
                 if size > MAX_TEXT:
                     raise _DamagedError(f"damaged at byte {header}: an extended header of {size} bytes")
                 data = os.pread(file, size, offset)
@@ -175,7 +179,7 @@ def _entries(file: int) -> Iterator[_Entry]:
         if block[257:263] == b"ustar\0" and block[345]:
             name = block[345:500].split(b"\0")[0] + b"/" + name
         name = extended.get("path", name)
-        if any(record.startswith("GNU.sparse.") for record in extended):
+        if "sparse" in extended:
             kind = b"S"
         elif kind == b"\0" and name.endswith(b"/"):
             kind = b"5"  # tars of the seventies have no type for a folder
@@ -192,7 +196,7 @@ def _number(field: bytes) -> int:
 
 
 def _records(data: bytes) -> dict[str, bytes]:
-    """Of an extended header of POSIX.1-2001: lines of `length key=value`. ValueError if it is none."""
+    """What matters of an extended header of POSIX.1-2001, lines of `length key=value`. ValueError if it is none."""
     found: dict[str, bytes] = {}
     at = 0
     while at < len(data):
@@ -201,15 +205,17 @@ def _records(data: bytes) -> dict[str, bytes]:
         if not len(digits) < length <= len(data) - at:
             raise ValueError
         name, _, value = data[at + len(digits) + 1 : at + length - 1].partition(b"=")
-        found[name.decode("utf-8", "replace")] = value
+        if name in (b"path", b"size"):
+            found[name.decode()] = value
+        elif name.startswith(b"GNU.sparse."):
+            found["sparse"] = value
         at += length
     return found
 
 
 def _refusal(entry: _Entry) -> str:
     """Why a member is not looked at, "" if it is. Nothing is unpacked, so this only keeps others from harm."""
-    parts = re.split(r"[/\\]", entry.name)
-    if not parts[0] or ".." in parts or re.match(r"[A-Za-z]:[/\\]", entry.name):
+    if LEADS_OUT.search(entry.name):
         return "its name leads out of the shard"
     if re.search(r"[\0-\x1f\x7f]", entry.name):
         return "its name has control characters"
@@ -249,9 +255,3 @@ def json_captions(data: bytes) -> tuple[list[str], list[str]]:
         return [], []
     several, one = record.get("captions"), record.get("caption")
     return clean(several if isinstance(several, list) else []), clean(one if isinstance(one, list) else [one])
-
-
-def clean(said: list[Any]) -> list[str]:
-    """Texts that say something; halves of surrogate pairs, which JSON may hold and UTF-8 may not, become U+FFFD."""
-    texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in said if type(text) is str]
-    return [text.strip() for text in texts if text.strip()]

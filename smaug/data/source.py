@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from smaug.data.manifest import KINDS, ManifestError, Sample, Skip, near_file, read_manifest
-from smaug.data.media import Member, kind_of
-from smaug.data.shards import MAX_TEXT, clean, json_captions, read_shard
+from smaug.data.manifest import KINDS, ManifestError, Sample, Skip, clean, near_file, read_manifest
+from smaug.data.media import Member, kind_of, printable
+from smaug.data.shards import MAX_TEXT, json_captions, read_shard
 
 MANIFESTS = (".csv", ".tsv", ".jsonl", ".parquet")
 TARS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")  # all but the first are refused by read_shard
@@ -62,7 +62,7 @@ def read_source(
         skipped += skips
     if not samples:
         what = f"; of {len(skips)} that were skipped the first, {skips[0].name}: {skips[0].reason}" if skips else ""
-        tables = [one for path in paths if path.is_dir() for one in sorted(path.iterdir()) if one.suffix in MANIFESTS]
+        tables = [one for path in paths for one in sorted(path.glob("*")) if one.suffix in MANIFESTS]
         hint = f" Perhaps {tables[0]} is meant." if tables else ""
         raise ManifestError(f"no video or image with a caption in {', '.join(map(str, paths[:3]))}{what}.{hint}")
     return samples
@@ -123,30 +123,33 @@ def _folder(top: Path, shards: set[str], skips: list[Skip]) -> Iterator[Sample]:
             entered.add((found.st_dev, found.st_ino))
             with os.scandir(folder) as entries:
                 # os.path: a link that leads to itself is no folder, and an exception for DirEntry
-                names = [entry.name for entry in entries if not entry.name.startswith(".")]
-                folders = {name: os.path.isdir(folder / name) for name in names}
+                is_folder = {
+                    entry.name: os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+                    for entry in entries
+                    if not entry.name.startswith(".")
+                }
         except OSError as error:
             skips.append(Skip(_shown(folder, top.parent), f"cannot be read: {error.strerror or error}"))
             continue
-        for name in sorted(folders):
+        for name in sorted(is_folder):
             path = folder / name
             kind = kind_of(path.suffix[1:])
-            if folders[name]:
+            if is_folder[name]:
                 continue
             if name.lower().endswith(TARS):
                 yield from _shard(path, shards, skips)
             elif kind is not None:
-                captions = _beside(path, folders)
+                captions = _beside(path, is_folder)
                 if isinstance(captions, list):
                     yield Sample(path, kind, tuple(captions), _shown(path, top))
                 else:
                     skips.append(Skip(_shown(path, top), captions))
-        ahead += [folder / name for name in sorted(folders, reverse=True) if folders[name]]
+        ahead += [folder / name for name in sorted(is_folder, reverse=True) if is_folder[name]]
 
 
-def _beside(media: Path, there: dict[str, bool]) -> list[str] | str:
-    """Captions of a media file from the files beside it, or why there are none. `there`: name -> is it a folder."""
-    names = [name for name in (f"{media.stem}.txt", f"{media.stem}.json") if there.get(name) is False]
+def _beside(media: Path, is_folder: dict[str, bool]) -> list[str] | str:
+    """Captions of a media file from the files beside it, or why there are none. `is_folder`: all that is there."""
+    names = [name for name in (f"{media.stem}.txt", f"{media.stem}.json") if is_folder.get(name) is False]
     for name in names:
         path = media.with_name(name)
         try:
@@ -155,21 +158,21 @@ def _beside(media: Path, there: dict[str, bool]) -> list[str] | str:
             with path.open("rb") as file:
                 data = file.read(MAX_TEXT + 1)
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror or error}"
+            return f"{printable(name)} cannot be read: {error.strerror or error}"
         if len(data) > MAX_TEXT:
-            return f"{name} has more than {MAX_TEXT >> 20} MiB"
+            return f"{printable(name)} has more than {MAX_TEXT >> 20} MiB"
         if name.endswith(".json"):
             several, one = json_captions(data)
             captions = several or one
         else:
-            captions = clean(list(data.decode("utf-8-sig", "replace").splitlines()))
+            captions = clean(data.decode("utf-8-sig", "replace").split("\n"))
         if captions:
             return captions
     if names:
-        return f"no caption in {' or '.join(names)}"
-    return f"no caption: neither {media.stem}.txt nor {media.stem}.json beside it"
+        return f"no caption in {printable(' or '.join(names))}"
+    return printable(f"no caption: neither {media.stem}.txt nor {media.stem}.json beside it")
 
 
 def _shown(path: Path, top: Path) -> str:
-    """A path for a person: from the folder that was named, and printable whatever bytes it has."""
-    return os.fsencode(path.relative_to(top)).decode("utf-8", "backslashreplace")
+    """A path for a person, from the folder that was named."""
+    return printable(str(path.relative_to(top)))

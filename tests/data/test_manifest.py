@@ -111,11 +111,11 @@ def test_rows_that_cannot_be_used_are_told(tmp_path):
         {"video": 4, "caption": "x"},
         {"caption": "x"},
         {"video": "b.mp4", "caption": []},
-        {"video": "c.mp4", "caption": ["", None, "good"]},
+        {"video": "c.mp4", "caption": ["", None, "good", "half \ud83d of a pair"]},
     ]
     skipped.clear()
     samples = read_manifest([write(tmp_path / "m.jsonl", "\n".join(map(json.dumps, rows)))], None, skipped=skipped)
-    assert [s.captions for s in samples] == [("good",)]
+    assert [s.captions for s in samples] == [("good", "half \ufffd of a pair")]
     assert [s.reason for s in skipped] == [
         "m.jsonl:1: a caption must be text, not 3",
         "a file name must be text, not 4",

@@ -156,7 +156,7 @@ def test_long_and_foreign_names(tmp_path, form):
         (b"", "0 bytes"),
         (b"\x1f\x8b" + bytes(600), "compressed, so no clip can be read alone; unpack it: gzip -d"),
         (b"\x28\xb5\x2f\xfd" + bytes(600), "compressed, so no clip can be read alone; unpack it: zstd -d"),
-        (b"no tar at all " * 100, "damaged at byte 0: no header of a tar"),
+        (b"no tar at all " * 100, "damaged at byte 0: no header of a plain tar"),
         (b"short", "truncated: ends at byte 5 without the mark that ends a tar"),
     ],
 )
