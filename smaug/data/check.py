@@ -35,7 +35,7 @@ from smaug.data.reencode import GOP, SHORT_SIDE
 
 VERSION = 1  # raise it whenever the same file would be judged differently
 PATIENCE = 60  # times the limit of a clip that decoding every frame of it may take
-SIZE = 32  # pixels of the frames that are decoded to see whether they can be; 3 KB each, so that --full can hold them
+SIZE = 32  # pixels of the frames that are decoded to see whether they can be; 3 KB each, so --full can hold all
 SHOWN = 20  # bad files on the terminal
 
 
@@ -97,20 +97,19 @@ def check(options: CheckOptions, console: Console) -> int:
     columns = (options.video_column, options.image_column, options.caption_column)
     listing = list_files(options.source, options.root, *columns)
     verdicts = _judge(listing.samples, options, console)
-    good = [(s, v) for s, v in zip(listing.samples, verdicts, strict=True) if not v.reason]
-    bad = [
-        *listing.bad,
-        *(Skip(s.name, v.reason) for s, v in zip(listing.samples, verdicts, strict=True) if v.reason),
-    ]
-    report = summary(listing, [v for _, v in good], bad)
+    judged = list(zip(listing.samples, verdicts, strict=True))
+    bad = listing.bad + [Skip(sample.name, verdict.reason) for sample, verdict in judged if verdict.reason]
+    good = [verdict for verdict in verdicts if not verdict.reason]
+    report = summary(listing, good, bad)
     if sheet is not None and good:
         title = f"{', '.join(printable(p.name or str(p)) for p in options.source)}: {len(good)} good, {len(bad)} bad"
         try:
-            contact_sheet(sheet, title, [s for s, _ in good], bad, options.workers, options.clip_seconds)
+            shown = [sample for sample, verdict in judged if not verdict.reason]
+            contact_sheet(sheet, title, shown, bad, options.workers, options.clip_seconds)
             report["sheet"] = str(sheet)
         except OSError as error:
             console.print(f"warning: {sheet} cannot be written: {error.strerror or error}", soft_wrap=True)
-    _tell(report, [v for _, v in good], options, console)
+    _tell(report, good, options, console)
     console.print(f"{'took':<11}{time.monotonic() - began:.1f} s", highlight=False)
     if to_stdout:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
@@ -151,8 +150,7 @@ def _judge(samples: Sequence[Sample], options: CheckOptions, console: Console) -
     threads = Threads(options.workers, 2 * seconds + 1)  # examine's own limit comes first wherever FFmpeg comes back
 
     def one(number: int) -> Verdict:
-        sample = samples[number]
-        return note(number, judge(sample, options.frames, options.full, seconds))
+        return note(number, judge(samples[number], options.frames, options.full, seconds))
 
     def late(number: int) -> Verdict:
         reason = f"does not come back from decoding; left alone after {threads.seconds:.0f} s"

@@ -24,9 +24,9 @@ NAMED = 6  # bad files
 PAPER, INK, GRAY, RED = "white", "#202020", "#808080", "#b00020"
 # Pillow looks for them where the system keeps fonts. Its own font, the last resort, knows Latin letters only.
 FONTS = (
-    "DejaVuSans.ttf NotoSans-Regular.ttf NotoSansCJK-Regular.ttc NotoSansCJKsc-Regular.otf wqy-microhei.ttc "
-    "DroidSansFallbackFull.ttf unifont.ttf Arial.ttf msyh.ttc YuGothM.ttc malgun.ttf PingFang.ttc Arial Unicode.ttf"
-).replace("Arial Unicode", "Arial_Unicode")
+    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf",
+    "wqy-microhei.ttc", "DroidSansFallbackFull.ttf", "Arial.ttf", "msyh.ttc", "PingFang.ttc", "Arial Unicode.ttf",
+)  # fmt: skip
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -96,9 +96,9 @@ def wrap(text: str, room: float, lines: int, length: Callable[[str], float]) -> 
 @cache
 def _fonts() -> list[Font]:
     found: list[Font] = []
-    for name in FONTS.split():
+    for name in FONTS:
         try:
-            found.append(ImageFont.truetype(name.replace("_", " "), TEXT))
+            found.append(ImageFont.truetype(name, TEXT))
         except OSError:
             continue
     return [*found, ImageFont.load_default(TEXT)]
