@@ -19,8 +19,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -41,9 +43,9 @@ BEGINNINGS = (
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What to convert, and into which folder."""
+    """Writes the captioned files of a source, as they are, into tar shards; with Ctrl-C and again it goes on."""
 
-    source: tuple[Path, ...]  # manifests, folders or .tar shards; several are joined
+    source: Annotated[tuple[Path, ...], tyro.conf.Positional]  # manifests, folders or .tar shards; several are joined
     out: Path  # an empty or new folder; or one where the same command was stopped
     root: Path | None = None  # folder that the paths in a manifest start from; default: the manifest's own
     video_column: str = "video"
