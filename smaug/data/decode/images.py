@@ -22,6 +22,8 @@ def read_image(source: Media | str, size: int, *, crop: Crop | None = None, flip
     everything that can be wrong with the file.
     """
     source = Path(source) if isinstance(source, str) else source
+    if reason := media_reason(source):  # first, since a pipe would be waited for
+        raise DecodeError(reason)
     try:
         with Image.open(source if isinstance(source, Path) else io.BytesIO(read_bytes(source))) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -45,7 +47,7 @@ def read_image(source: Media | str, size: int, *, crop: Crop | None = None, flip
     except DecodeError:
         raise
     except Exception as error:  # Pillow's readers raise what a damaged file leads them to: SyntaxError, struct.error
-        raise DecodeError(media_reason(source) or _pillow_reason(error)) from None
+        raise DecodeError(_pillow_reason(error)) from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
