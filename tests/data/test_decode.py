@@ -133,6 +133,7 @@ class Counting:
 
     def __init__(self, context):
         self.context, self.name, self.packets, self.skip_frame = context, context.name, 0, "DEFAULT"
+        self.width, self.height = context.width, context.height
 
     def decode(self, packet):
         self.packets += packet is not None
@@ -273,8 +274,8 @@ def test_range_and_matrix_are_those_of_the_stream(tmp_path, matrix, full, pix_fm
 MATRICES = {0: (1, 0, 0, 1), 1: (0, 1, -1, 0), 2: (-1, 0, 0, -1), 3: (0, -1, 1, 0)}
 
 
-def turned_copy(path: Path, turn: int) -> bytes:
-    """An MP4 file that is to be shown turned clockwise by `turn` quarters.
+def turned_copy(path: Path, turn: int, mirrored: bool = False) -> bytes:
+    """An MP4 file that is to be shown turned clockwise by `turn` quarters, then perhaps mirrored left to right.
 
     By the definition of a track's matrix (a, b, c, d): it maps (x, y), y downwards, to (ax + cy, bx + dy).
     """
@@ -282,6 +283,7 @@ def turned_copy(path: Path, turn: int) -> bytes:
     at = data.index(b"tkhd") + 4 + 40  # version 0
     assert struct.unpack(">9i", data[at : at + 36]) == (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
     a, b, c, d = (65536 * x for x in MATRICES[turn])
+    a, c = (-a, -c) if mirrored else (a, c)
     return data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[at + 36 :]
 
 
@@ -307,13 +309,14 @@ def smooth(height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("crop", [Crop(0.4, 1.3, 0.1, 0.8), Crop(1.0, 0.75, 0.5, 0.5), Crop(0.7, 0.8, 1.0, 0.0)])
-def test_a_crop_is_of_the_upright_frame(tmp_path, turn, flip, crop):
+def test_a_crop_is_of_the_upright_frame(tmp_path, turn, mirrored, flip, crop):
     upright = smooth(120, 160)
-    stored = np.ascontiguousarray(np.rot90(upright, turn))
+    stored = np.ascontiguousarray(np.rot90(upright[:, ::-1] if mirrored else upright, turn))
     path = encode(tmp_path / "a.mp4", [stored] * 2, options={"crf": "0"}, pix_fmt="yuv444p")
-    turned = turned_copy(path, turn)
+    turned = turned_copy(path, turn, mirrored)
     (frame,) = read_frames(turned, lambda times: [1], 64, crop=crop, flip=flip).astype(int)
     expected = crop_of(upright, crop, 64)
     assert abs(frame - (expected[:, ::-1] if flip else expected)).mean() < 1.5

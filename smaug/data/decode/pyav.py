@@ -28,19 +28,20 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from smaug.data.decode.contract import MAX_PIXELS, MAX_SECONDS, DecodeError, Got, Want, too_large
+from smaug.data.decode.contract import MAX_DECODED, MAX_PIXELS, MAX_SECONDS, DecodeError, Got, Want, too_large
 from smaug.data.decode.images import read_image
 from smaug.data.decode.threads import Threads
 from smaug.data.frames import Crop, Pick
 from smaug.data.media import Media, Member, media_reason
 
 HELD_BYTES = 64 * 2**20  # packets of a clip up to this size stay in memory; a larger file is read twice
-MAX_FRAMES = 2**20  # of one clip: ten hours at 29 frames a second; the packets of more would fill the memory
+AROUND = 800  # bytes that a packet takes beside its data
+MAX_FRAMES = 2**20  # of one clip: ten hours at 29 frames a second; their times take 100 MB
 TOO_LONG = "takes too long to decode; stopped"
 ASPECTS = (1 / 4, 4)  # pixels that are longer than this are a damaged header, not an anamorphic film
 
-# Containers that are one file. FFmpeg also plays lists (HLS, concat, SDP, a numbered series of pictures), which would have
-# us read other files or wait for the network, and shows any text as letters on a screen ("tty").
+# Containers that are one file. FFmpeg also plays lists (HLS, concat, SDP, a numbered series of pictures), which would
+# have us read other files or wait for the network, and shows any text as letters on a screen ("tty").
 CONTAINERS = (
     "3gp,apng,asf,av1,avi,bmp_pipe,dirac,dv,flv,gif,gxf,h261,h263,h264,hevc,ivf,jpeg_pipe,live_flv,m4v,matroska,mjpeg,mov,"
     "mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,png_pipe,rm,swf,vc1,vvc,webp_pipe,wtv,yuv4mpegpipe"
@@ -97,8 +98,9 @@ def read_frames(
     indices in [0, n); any order, repeats allowed. It is called a second time, with the true n, if the packets had
     promised another number. Frames are turned upright and wide pixels shown wide; `crop` of them, or the middle square,
     is resized to `size` by an antialiased bicubic filter, and turned left to right with `flip`. The clip is the video
-    stream that players show: the first by default, and no cover picture. `out`, if given, is filled and returned. `threads` of the decoder: one
-    where many clips are decoded at once, since two cost a fifth more processor time for the same clips.
+    stream that players show: the first by default, and no cover picture. `out`, if given, is filled and returned.
+    `threads` of the decoder: one where many clips are decoded at once, since two cost a fifth more processor time for
+    the same clips. Levels of HDR video come as they are coded: nothing maps its tones to those of a common screen.
 
     Raises DecodeError for everything that can be wrong with the file, and when decoding takes longer than `seconds`;
     ValueError for a wrong `pick` or `out`.
@@ -302,7 +304,7 @@ def index_packets(container: InputContainer, stream: VideoStream, until: float) 
         if not (packet.is_discard or (vp8 and not bytes(packet)[0] & 0x10)):
             shown.append(position)
         whole += not packet.is_corrupt
-        held += packet.size
+        held += packet.size + AROUND
         if held <= HELD_BYTES:
             packets.append(packet)
         else:
@@ -368,6 +370,12 @@ def _check(until: float) -> None:
         raise DecodeError(TOO_LONG)
 
 
+def _bound(context: VideoCodecContext, frames: int) -> None:
+    """Refuses at once, and alike on every machine, what the time limit would end."""
+    if frames * context.width * context.height > MAX_DECODED:
+        raise DecodeError(f"{frames} frames of {context.width} x {context.height} to decode; cut it into clips")
+
+
 def _result(out: np.ndarray | None, frames: int, size: int) -> np.ndarray:
     if out is None:
         return np.empty((frames, size, size, 3), np.uint8)
@@ -417,7 +425,9 @@ def _decode_groups(
 ) -> bool:
     """Decodes the groups of pictures that hold wanted frames, recognised by their time. False: one did not come out."""
     rows = {index.pts[index.shown[frame]]: rows for frame, rows in _rows(wanted).items()}
-    stretches = iter(ranges(index, {index.shown[frame] for frame in wanted}))
+    found = ranges(index, {index.shown[frame] for frame in wanted})
+    _bound(context, sum(end - start + 1 for start, end in found))
+    stretches = iter(found)
     # An unwanted frame of H.264 that no other refers to need not be decoded: half the work where B-frames are many.
     # Only H.264 marks them exactly; in HEVC the mark holds within one temporal layer.
     skips = context.name == "h264"
@@ -437,8 +447,8 @@ def _decode_groups(
             except av.FFmpegError:
                 continue  # a bad packet matters if a wanted frame is missing, and that is seen at the end
             for frame in frames:
-                if (found := rows.pop(frame.pts, None)) is not None:
-                    painter.paint(frame, found)
+                if (shows := rows.pop(frame.pts, None)) is not None:
+                    painter.paint(frame, shows)
         if position == end:
             context.flush_buffers()
             start, end = next(stretches, (len(index.pts), -1))
@@ -455,6 +465,7 @@ def _decode_all(
 ) -> int:
     """Decodes the whole clip and counts; frames are recognised by their number. Number of frames found."""
     rows = _rows(wanted)
+    _bound(context, len(index.pts))
     context.flush_buffers()
     context.skip_frame = "DEFAULT"
     count = 0
