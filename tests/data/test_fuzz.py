@@ -1,6 +1,6 @@
 """Damaged files end as frames or as a reason, whatever is damaged.
 
-Files are decoded by a child process, so that a fault in a C library fails one test, which names the file, and not pytest.
+Files are decoded by a child process, so that a fault in a C library fails one test, which names the file.
 """
 
 import ctypes
@@ -134,6 +134,7 @@ def throw(child: Child, whole: dict[str, bytes], examples: int, number: int) -> 
     @settings(
         max_examples=examples,
         derandomize=False,
+        deadline=None,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )

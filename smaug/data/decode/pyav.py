@@ -285,7 +285,8 @@ def _rate(stream: VideoStream) -> float:
 
 
 def index_packets(container: InputContainer, stream: VideoStream, until: float) -> Index:
-    vp8 = stream.codec_context.name == "vp8"
+    vp8, mpeg4 = (stream.codec_context.name == name for name in ("vp8", "mpeg4"))
+    packed = False  # DivX: two frames in a packet, an empty one after it; each then comes with the other's time
     packets: list[Packet] = []
     pts: list[int | None] = []
     keys: list[int] = []
@@ -303,6 +304,7 @@ def index_packets(container: InputContainer, stream: VideoStream, until: float) 
         # Not shown: what an edit list cuts off, and VP8's hidden reference frames (bit 4 of byte 0 is show_frame).
         if not (packet.is_discard or (vp8 and not bytes(packet)[0] & 0x10)):
             shown.append(position)
+        packed = packed or (mpeg4 and bytes(packet).count(b"\0\0\1\xb6") > 1)
         whole += not packet.is_corrupt
         held += packet.size + AROUND
         if held <= HELD_BYTES:
@@ -320,7 +322,7 @@ def index_packets(container: InputContainer, stream: VideoStream, until: float) 
     times = [pts[position] for position in shown]
     # AVI stores no times; for these two codecs FFmpeg then gives the order of the file, which is not that of showing.
     ordered = container.format.name != "avi" or stream.codec_context.name not in {"h264", "hevc"}
-    timed = ordered and None not in times and len(set(times)) == len(times)
+    timed = ordered and not packed and None not in times and len(set(times)) == len(times)
     if timed:
         # A recording may begin within a group, or with the rest of an open one: nothing there can be decoded.
         first = pts[keys[0]] if keys and keys[0] > 0 else None
