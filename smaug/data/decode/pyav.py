@@ -43,12 +43,13 @@ ASPECTS = (1 / 4, 4)  # pixels that are longer than this are a damaged header, n
 # Containers that are one file. FFmpeg also plays lists (HLS, concat, SDP, a numbered series of pictures), which would
 # have us read other files or wait for the network, and shows any text as letters on a screen ("tty").
 CONTAINERS = (
-    "3gp,apng,asf,av1,avi,bmp_pipe,dirac,dv,flv,gif,gxf,h261,h263,h264,hevc,ivf,jpeg_pipe,live_flv,m4v,matroska,mjpeg,mov,"
+    "apng,asf,av1,avi,bmp_pipe,dirac,dv,flv,gif,gxf,h261,h263,h264,hevc,ivf,jpeg_pipe,live_flv,m4v,matroska,mjpeg,mov,"
     "mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,png_pipe,rm,swf,vc1,vvc,webp_pipe,wtv,yuv4mpegpipe"
 )
 
-# swscale without FULL_CHR_H_INT goes through a table that darkens limited-range video by 1.5 levels of 255.
 UNSPECIFIED = 2  # matrix of a frame whose file does not say
+
+# swscale without FULL_CHR_H_INT goes through a table that darkens limited-range video by 1.5 levels of 255.
 FILTER = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 
 
@@ -107,7 +108,7 @@ def read_frames(
     """
     source = Path(source) if isinstance(source, str) else source
     until = time.monotonic() + seconds
-    with _open(source, seconds) as container:
+    with _open(source, until) as container:
         stream = video_stream(container)
         context = stream.codec_context
         context.thread_count = threads
@@ -117,13 +118,13 @@ def read_frames(
         wanted = picked(pick, index.times(stream))
         result = _result(out, len(wanted), size)
         if index.timed and _decode_groups(
-            context, _packets(source, index, seconds), index, wanted, _Painter(result, view), until
+            context, _packets(source, index, until), index, wanted, _Painter(result, view), until
         ):
             return result
         # Times are missing or were wrong: count what really comes out, and decide again if that is another number.
         for expected in (len(index.shown), None):
             painter = _Painter(result, view)
-            found = _decode_all(context, _packets(source, index, seconds), index, wanted, painter, until)
+            found = _decode_all(context, _packets(source, index, until), index, wanted, painter, until)
             if found == 0:
                 raise DecodeError("0 frames can be decoded")
             if found == expected or expected is None:
@@ -234,8 +235,8 @@ def _matrix(frame: VideoFrame) -> int | None:
     return Colorspace.ITU709 if frame.colorspace == UNSPECIFIED and large else None
 
 
-def _open(source: Media, seconds: float) -> InputContainer:
-    """`seconds`: FFmpeg gives up on opening, or on looking for the next packet, when it takes longer."""
+def _open(source: Media, until: float) -> InputContainer:
+    """FFmpeg gives up opening, or looking for a packet, when it takes as long as remains `until` then."""
     if reason := media_reason(source):  # first, since a pipe would be waited for
         raise DecodeError(reason)
     file: str | io.BytesIO
@@ -251,7 +252,7 @@ def _open(source: Media, seconds: float) -> InputContainer:
             "r",
             metadata_errors="ignore",
             container_options={"format_whitelist": CONTAINERS},
-            timeout=max(seconds, 0.001),  # 0 would be no limit
+            timeout=max(until - time.monotonic(), 0.001),  # 0 would be no limit
         )
     except av.error.ExitError:
         raise DecodeError(TOO_LONG) from None
@@ -311,8 +312,6 @@ def index_packets(container: InputContainer, stream: VideoStream, until: float) 
             packets.append(packet)
         else:
             packets.clear()
-    if not shown:
-        raise DecodeError("0 frames")
     # Only this container lists its frames ahead of them. Refused even if the wanted ones are there: half a clip under
     # a caption for all of it, on some visits, is worse than a file that is named in a report.
     if "mp4" in container.format.name.split(",") and whole < len(stream.index_entries):
@@ -330,16 +329,18 @@ def index_packets(container: InputContainer, stream: VideoStream, until: float) 
             (position for position in shown if first is None or pts[position] >= first),  # type: ignore[operator]
             key=lambda position: pts[position],  # type: ignore[arg-type, return-value]  # None is excluded
         )
+    if not shown:
+        raise DecodeError("0 frames")
     if stream.codec_context.pix_fmt == "pal8":
         keys = keys[:1]  # AVI has the palette in the first packet, and key frames do not repeat it
     return Index(packets if held <= HELD_BYTES else None, pts, keys, shown, timed)
 
 
-def _packets(source: Media, index: Index, seconds: float) -> Iterator[Packet]:
+def _packets(source: Media, index: Index, until: float) -> Iterator[Packet]:
     if index.packets is not None:
         yield from index.packets
         return
-    with _open(source, seconds) as container:
+    with _open(source, until) as container:
         yield from _demux(container, video_stream(container))
 
 
