@@ -194,9 +194,10 @@ def examine(media: Media, kind: str, frames: int, full: bool, seconds: float) ->
             codec = (image.format or "").lower()
             return Verdict(kind, "", codec, codec, image.width, image.height, 1, 1, 0.0, 1, False, size)
 
-    with _open(media) as container:
+    until = time.monotonic() + seconds
+    with _open(media, until) as container:
         stream = video_stream(container)
-        index = index_packets(container, stream, time.monotonic() + seconds)
+        index = index_packets(container, stream, until)
         codec = stream.codec_context.codec.canonical_name
         width, height = stream.codec_context.width, stream.codec_context.height
         audio = bool(container.streams.audio)

@@ -45,7 +45,9 @@ from smaug.data.decode.pyav import (
     FILTER,
     Index,
     _check,
+    _matrix,
     _open,
+    _orientation,
     _packets,
     _pixel_aspect,
     _rate,
@@ -254,7 +256,7 @@ def _write(media: Media, kind: str, aside: Path, options: ReencodeOptions, until
     written = write_video(media, aside, options.codec, options.short_side, options.gop, options.fps, options.crf, until)
     # FFmpeg buffers what it writes; a disk that was full for a moment is seen in what can be read back.
     try:
-        with _open(aside) as container:
+        with _open(aside, until) as container:
             found = len(index_packets(container, video_stream(container), until).shown)
     except DecodeError as error:
         raise OSError(f"what was written cannot be read back: {error.reason}") from None
@@ -267,7 +269,7 @@ def write_video(
     media: Media, path: Path, codec: str, short_side: int, gop: int, fps: float | None, crf: int | None, until: float
 ) -> int:
     """Frames written. Raises DecodeError for what is wrong with `media`."""
-    with _open(media) as source:
+    with _open(media, until) as source:
         stream = video_stream(source)
         stream.codec_context.thread_count = 1
         index = index_packets(source, stream, until)
@@ -280,15 +282,17 @@ def write_video(
         scaler = VideoReformatter()
         target = encoder = None
         try:
-            for number, frame in enumerate(_decode(stream.codec_context, _packets(media, index), index, until)):
+            for number, frame in enumerate(_decode(stream.codec_context, _packets(media, index, until), index, until)):
                 shown = frame.pts - first if index.timed and frame.pts is not None and first is not None else number
+                if shown < 0:  # the rest of a group that the recording did not catch
+                    continue
                 pts = max(round(shown * base / tick), last + 1)
                 if fps is not None:
                     # 1 us: a frame that begins with its slot must not fall before it by rounding
                     if (now := math.floor(float(pts * tick) * fps + 1e-6)) <= slot:
                         continue
                     slot = now
-                turns = round(frame.rotation / 90) % 4
+                turns, mirrored = _orientation(frame)
                 if encoder is None or target is None:
                     height, width = _size(frame, aspect, turns, short_side)
                     target = av.open(f"file:{path}", "w", format="mp4" if codec == "h264" else "webm",
@@ -300,9 +304,13 @@ def write_video(
                     encoder.time_base = tick
                 # Through RGB, so that matrix, range and depth are read the way training reads them.
                 long, high = (height, width) if turns % 2 else (width, height)
-                rgb = scaler.reformat(frame, width=long, height=high, format="rgb24", interpolation=ROUNDED, threads=1)
-                turned = np.ascontiguousarray(np.rot90(rgb.to_ndarray(), turns), np.uint8)
-                upright = VideoFrame.from_ndarray(turned, "rgb24")
+                rgb = scaler.reformat(
+                    frame, width=long, height=high, format="rgb24", src_colorspace=_matrix(frame),
+                    interpolation=ROUNDED, threads=1,
+                )  # fmt: skip
+                turned = np.rot90(rgb.to_ndarray(), turns)
+                turned = turned[:, ::-1] if mirrored else turned
+                upright = VideoFrame.from_ndarray(np.ascontiguousarray(turned, np.uint8), "rgb24")
                 made = upright.reformat(
                     format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG,
                     interpolation=ROUNDED,

@@ -4,6 +4,8 @@ The brightness of a test clip's frame is its number, so an index that is off by 
 """
 
 import functools
+import os
+import shutil
 import struct
 import tarfile
 import time
@@ -133,6 +135,7 @@ class Counting:
 
     def __init__(self, context):
         self.context, self.name, self.packets, self.skip_frame = context, context.name, 0, "DEFAULT"
+        self.width, self.height = context.width, context.height
 
     def decode(self, packet):
         self.packets += packet is not None
@@ -168,22 +171,90 @@ def test_only_what_is_needed_is_decoded(clips, name, wanted, most):
     assert context.packets <= most
 
 
+def copy_packets(path: Path, target: Path, change=lambda number, data: data) -> Path:
+    """The same packets with other data, in their order; None: left out."""
+    with av.open(str(path)) as source, av.open(str(target), "w") as file:
+        stream = file.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
+            if (data := change(number, bytes(packet))) is not None:
+                copy = av.Packet(data)
+                copy.stream, copy.time_base, copy.pts, copy.dts = stream, packet.time_base, packet.pts, packet.dts
+                copy.is_keyframe = packet.is_keyframe
+                file.mux(copy)
+    return target
+
+
 def test_hidden_packets_of_vp8_are_no_frames(tmp_path, clips):
     """A packet whose show_frame bit is cleared is decoded for reference and not shown, as alternate references are."""
     hidden = {5, 17, 30}
-    with av.open(str(clips("vp8.webm"))) as source, av.open(str(tmp_path / "a.webm"), "w") as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        packets = [packet for packet in source.demux(video=0) if packet.size]
-        for number, packet in enumerate(packets):
-            data = bytearray(bytes(packet))
-            assert data[0] & 0x10
-            data[0] &= ~0x10 if number in hidden else 0xFF
-            copy = av.Packet(bytes(data))
-            copy.stream, copy.time_base, copy.pts, copy.dts = stream, packet.time_base, packet.pts, packet.dts
-            copy.is_keyframe = packet.is_keyframe
-            target.mux(copy)
+
+    def hide(number: int, data: bytes) -> bytes:
+        assert data[0] & 0x10
+        return bytes([data[0] & ~0x10]) + data[1:] if number in hidden else data
+
+    copy_packets(clips("vp8.webm"), tmp_path / "a.webm", hide)
     assert numbers(read_frames(tmp_path / "a.webm", every_frame, 32)) == [i for i in range(N) if i not in hidden]
     assert numbers_of(tmp_path / "a.webm", [4, 5, 15, 16, 27, 28]) == [4, 6, 16, 18, 29, 31]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("mpeg.ts", "a.ts"), ("opengop.mp4", "a.mkv"), ("mpeg2.mpg", "a.mpg")])
+def test_a_recording_that_begins_within_a_group(tmp_path, clips, name, kind):
+    """Its first frame is the first that can be decoded, whether it is asked for alone or with all."""
+    path = copy_packets(clips(name), tmp_path / kind, lambda number, data: None if number < 5 else data)
+    found = numbers(read_frames(path, every_frame, 32))
+    assert found == list(range(found[0], N)) and 5 < found[0] <= 14
+    for number in (0, 7, 30):
+        assert numbers_of(path, [number]) == [found[number]]
+
+
+def test_two_frames_in_one_packet(tmp_path):
+    """As DivX stored B-frames in AVI: with the frame before, and an empty packet in their own place."""
+    whole = encode(tmp_path / "a.avi", numbered(), "mpeg4", options={**FINE, "bf": "1"})
+    with av.open(str(whole)) as file:
+        data = [bytes(packet) for packet in file.demux(video=0) if packet.size]
+    mark = b"\0\0\1\xb6"
+    later = [n for n in range(1, N) if data[n][data[n].index(mark) + 4] >> 6 == 2]
+    assert len(later) > 10
+    start = data[0].index(mark)
+    data[0] = data[0][:start] + b"\0\0\1\xb2DivX503b1393p" + data[0][start:]
+    for n in later:
+        data[n - 1], data[n] = data[n - 1] + data[n], mark + b"\x50\x4f\x7f"
+    packed = copy_packets(whole, tmp_path / "packed.avi", lambda number, _: data[number])
+    assert numbers(read_frames(packed, every_frame, 32)) == list(range(N))
+    assert numbers_of(packed, [31, 2]) == [31, 2]
+
+
+def test_a_palette_that_comes_once(tmp_path):
+    """AVI keeps it with the first packet, so no key frame after that is whole."""
+    palette = np.random.default_rng(0).integers(0, 256, (256, 4), np.uint8)
+    with av.open(str(tmp_path / "a.avi"), "w") as file:
+        stream = file.add_stream("rawvideo", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "pal8"
+        for level in range(9):
+            picture = np.full((32, 32), level, np.uint8)
+            file.mux(stream.encode(av.VideoFrame.from_ndarray((picture, palette), format="pal8")))
+    frames = read_frames(tmp_path / "a.avi", every_frame, 32)
+    assert len(np.unique(frames[:, 0, 0], axis=0)) == 9
+    assert (read_frames(tmp_path / "a.avi", lambda times: [5], 32) == frames[5]).all()
+
+
+def test_the_stream_that_players_show(tmp_path):
+    default = av.stream.Disposition.default
+    with av.open(str(tmp_path / "a.mkv"), "w") as file:
+        streams = [file.add_stream("ffv1", rate=25) for _ in range(2)]
+        for stream, disposition in zip(streams, (0, default), strict=True):
+            stream.width, stream.height, stream.pix_fmt, stream.disposition = 32, 32, "bgr0", disposition
+        for level, stream in zip((50, 200), streams, strict=True):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((32, 32, 3), level, np.uint8), format="rgb24")))
+            file.mux(stream.encode())
+    assert read_frames(tmp_path / "a.mkv", every_frame, 32).mean() == 200
+
+
+def test_times_of_avi(clips):
+    for name in ("no_times.avi", "mpeg4.avi"):
+        times: list[float] = []
+        read_frames(clips(name), lambda found, times=times: times.extend(found) or [0], 32)
+        assert times == pytest.approx(np.arange(N) / 25)
 
 
 def test_wrong_picks_and_outs_are_told(clips):
@@ -244,27 +315,29 @@ def test_video_and_picture_are_resized_alike(tmp_path):
 KR_KB = {"bt709": (0.2126, 0.0722), "smpte170m": (0.299, 0.114)}
 
 
-@pytest.mark.parametrize("matrix", KR_KB)
+@pytest.mark.parametrize("matrix", [*KR_KB, None])
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv444p", "yuv420p10le"])
 def test_range_and_matrix_are_those_of_the_stream(tmp_path, matrix, full, pix_fmt):
-    kr, kb = KR_KB[matrix]
+    """None: the file does not say, and it is large, for which players assume BT.709."""
+    kr, kb = KR_KB[matrix or "bt709"]
+    width, height = (64, 64) if matrix else (64, 640)
     rgb = np.array([180.0, 60.0, 30.0])
     luma = np.dot([kr, 1 - kr - kb, kb], rgb)
     chroma = np.array([(rgb[2] - luma) / (2 - 2 * kb), (rgb[0] - luma) / (2 - 2 * kr)])
     levels = [luma, *(128 + chroma)] if full else [16 + luma * 219 / 255, *(128 + chroma * 224 / 255)]
     with av.open(str(tmp_path / "a.mkv"), "w") as file:
         stream = file.add_stream("libx264", rate=25, options={"crf": "1"})
-        stream.width = stream.height = 64
+        stream.width, stream.height = width, height
         stream.pix_fmt = pix_fmt
         stream.codec_context.color_range = 2 if full else 1
-        stream.codec_context.colorspace = {"bt709": 1, "smpte170m": 6}[matrix]
-        frame = av.VideoFrame(64, 64, pix_fmt)
+        stream.codec_context.colorspace = {"bt709": 1, "smpte170m": 6, None: 2}[matrix]
+        frame = av.VideoFrame(width, height, pix_fmt)
         frame.color_range = stream.codec_context.color_range
         frame.colorspace = stream.codec_context.colorspace
         for plane, level in zip(frame.planes, levels, strict=True):
-            value, width = (round(4 * level), 2) if "10" in pix_fmt else (round(level), 1)
-            plane.update(value.to_bytes(width, "little") * (plane.buffer_size // width))
+            value, count = (round(4 * level), 2) if "10" in pix_fmt else (round(level), 1)
+            plane.update(value.to_bytes(count, "little") * (plane.buffer_size // count))
         file.mux(stream.encode(frame))
         file.mux(stream.encode())
     assert np.abs(read_frames(tmp_path / "a.mkv", every_frame, 32).mean((0, 1, 2)) - rgb).max() < 2
@@ -273,8 +346,8 @@ def test_range_and_matrix_are_those_of_the_stream(tmp_path, matrix, full, pix_fm
 MATRICES = {0: (1, 0, 0, 1), 1: (0, 1, -1, 0), 2: (-1, 0, 0, -1), 3: (0, -1, 1, 0)}
 
 
-def turned_copy(path: Path, turn: int) -> bytes:
-    """An MP4 file that is to be shown turned clockwise by `turn` quarters.
+def turned_copy(path: Path, turn: int, mirrored: bool = False) -> bytes:
+    """An MP4 file that is to be shown turned clockwise by `turn` quarters, then perhaps mirrored left to right.
 
     By the definition of a track's matrix (a, b, c, d): it maps (x, y), y downwards, to (ax + cy, bx + dy).
     """
@@ -282,6 +355,7 @@ def turned_copy(path: Path, turn: int) -> bytes:
     at = data.index(b"tkhd") + 4 + 40  # version 0
     assert struct.unpack(">9i", data[at : at + 36]) == (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
     a, b, c, d = (65536 * x for x in MATRICES[turn])
+    a, c = (-a, -c) if mirrored else (a, c)
     return data[:at] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30) + data[at + 36 :]
 
 
@@ -307,13 +381,14 @@ def smooth(height: int, width: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("crop", [Crop(0.4, 1.3, 0.1, 0.8), Crop(1.0, 0.75, 0.5, 0.5), Crop(0.7, 0.8, 1.0, 0.0)])
-def test_a_crop_is_of_the_upright_frame(tmp_path, turn, flip, crop):
+def test_a_crop_is_of_the_upright_frame(tmp_path, turn, mirrored, flip, crop):
     upright = smooth(120, 160)
-    stored = np.ascontiguousarray(np.rot90(upright, turn))
+    stored = np.ascontiguousarray(np.rot90(upright[:, ::-1] if mirrored else upright, turn))
     path = encode(tmp_path / "a.mp4", [stored] * 2, options={"crf": "0"}, pix_fmt="yuv444p")
-    turned = turned_copy(path, turn)
+    turned = turned_copy(path, turn, mirrored)
     (frame,) = read_frames(turned, lambda times: [1], 64, crop=crop, flip=flip).astype(int)
     expected = crop_of(upright, crop, 64)
     assert abs(frame - (expected[:, ::-1] if flip else expected)).mean() < 1.5
@@ -514,16 +589,60 @@ def test_names_that_mean_something_to_ffmpeg(tmp_path, clips, monkeypatch):
             assert numbers_of(path, [0, 59]) == [0, 59]
 
 
-def test_a_text_file_that_names_others_opens_none(tmp_path, clips):
-    """FFmpeg reads play lists; a data set must not make us read other files or the network."""
-    for text in (
-        f"ffconcat version 1.0\nfile '{clips('h264.mp4')}'\n",
-        "#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n",
-    ):
-        (tmp_path / "list.mp4").write_text(text)
-        started = time.monotonic()
-        assert reason(tmp_path / "list.mp4")
-        assert time.monotonic() - started < 2
+def test_a_file_opens_no_other(tmp_path, clips, monkeypatch):
+    """FFmpeg plays lists; a data set must not make us read other files or the network, nor run a program."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mpeg.ts", "h264.mp4"):
+        Path(name).write_bytes(clips(name).read_bytes())
+    Image.new("RGB", (8, 8)).save("%03d.png")
+    texts = {
+        "concat.mp4": "ffconcat version 1.0\nfile h264.mp4\n",
+        "list.m3u8": "#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:2.4,\nmpeg.ts\n#EXT-X-ENDLIST\n",
+        "net.m3u8": "#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n",
+        "a.sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n"
+        "a=rtpmap:96 H264/90000\n",
+        "a.txt": "no pictures here, only letters\n" * 20,
+    }
+    started = time.monotonic()
+    for name, text in texts.items():
+        Path(name).write_text(text)
+        assert reason(Path(name)) == reason(text.encode()) == "not a media file", name
+    assert reason(Path("%03d.png")) == "not a media file"
+    Path("a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n%%EOF\n")
+    assert reason(Path("a.png"), read_image) == "not a picture"
+    assert time.monotonic() - started < 5
+
+
+def test_what_never_ends_is_not_waited_for(tmp_path, clips):
+    os.mkfifo(tmp_path / "fifo")
+    for read in (read_frames, read_image):
+        assert reason(tmp_path / "fifo", read) == reason(Path("/dev/zero"), read) == "not a regular file"
+    shutil.copy(clips("opengop.mkv"), tmp_path / "a.mkv")
+    os.truncate(tmp_path / "a.mkv", 2**33)  # FFmpeg looks for the next frame in 8 GB of nothing
+    began = time.monotonic()
+    with pytest.raises(DecodeError, match="takes too long to decode"):
+        read_frames(tmp_path / "a.mkv", every_frame, 32, seconds=0.2)
+    assert time.monotonic() - began < 2
+
+
+def test_a_file_that_changes_between_two_readings(tmp_path, clips, monkeypatch):
+    monkeypatch.setattr(pyav, "HELD_BYTES", 500)
+    path = tmp_path / "a.mkv"
+    path.write_bytes(clips("opengop.mkv").read_bytes())
+
+    def pick(times):
+        path.write_bytes(b"gone")
+        return [40]
+
+    with pytest.raises(DecodeError, match="not a media file"):
+        read_frames(path, pick, 32)
+
+
+def test_too_much_to_decode_is_told_at_once(clips, monkeypatch):
+    monkeypatch.setattr(pyav, "MAX_DECODED", 96 * 64 * 30)
+    assert len(numbers_of(clips("one_key.mp4"), [29])) == 1
+    assert reason(clips("one_key.mp4")) == "60 frames of 96 x 64 to decode; cut it into clips"
+    assert reason(clips("no_times.avi")) == "60 frames of 96 x 64 to decode; cut it into clips"
 
 
 # ---- samplers

@@ -12,9 +12,9 @@ from smaug.data.frames import Crop, Pick
 from smaug.data.media import Media
 
 MAX_PIXELS = 64 * 2**20  # of one frame, decoded or resized; a damaged or hostile header can ask for gigabytes
-MAX_SECONDS = (
-    30.0  # of one clip; a decoder is stopped at its next packet, and one that does not come back is left behind
-)
+MAX_DECODED = 2**36  # pixels of all frames of one clip: 4K for 5 minutes; more than a core decodes in MAX_SECONDS
+# of one clip; a decoder is stopped at its next packet, and one that does not come back is left behind
+MAX_SECONDS = 30.0
 
 
 class DecodeError(Exception):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from smaug.data.decode.contract import MAX_PIXELS, DecodeError, too_large
 from smaug.data.frames import Crop
 from smaug.data.media import Media, media_reason, read_bytes
 
+# Not all that Pillow knows: it hands EPS to Ghostscript, and a data set must not run programs.
+FORMATS = ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
+if importlib.util.find_spec("PIL.AvifImagePlugin"):  # from Pillow 11.3 on
+    FORMATS.append("AVIF")
+
 
 def read_image(source: Media | str, size: int, *, crop: Crop | None = None, flip: bool = False) -> np.ndarray:
     """A picture as a video of one frame: (1, size, size, 3) uint8, RGB with levels 0 to 255.
@@ -22,15 +28,19 @@ def read_image(source: Media | str, size: int, *, crop: Crop | None = None, flip
     everything that can be wrong with the file.
     """
     source = Path(source) if isinstance(source, str) else source
+    if reason := media_reason(source):  # first, since a pipe would be waited for
+        raise DecodeError(reason)
     try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(read_bytes(source))) as image:
+        file = source if isinstance(source, Path) else io.BytesIO(read_bytes(source))
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DecodeError(too_large(image.width, image.height))
             # JPEG: decoded at 1/2, 1/4 or 1/8 while what is kept of it stays above size
             sides = (image.height, image.width)
             need = size if crop is None else int(size / min(*crop.shares(*sides), *crop.shares(*sides[::-1]))) + 1
             image.draft(None, (need, need))
-            upright = _rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)  # a copy of the largest takes 256 MiB
+            upright = _rgb(image)
         if crop is None:
             height = width = float(min(upright.size))
             top, left = (upright.height - height) // 2, (upright.width - width) // 2
@@ -45,7 +55,7 @@ def read_image(source: Media | str, size: int, *, crop: Crop | None = None, flip
     except DecodeError:
         raise
     except Exception as error:  # Pillow's readers raise what a damaged file leads them to: SyntaxError, struct.error
-        raise DecodeError(media_reason(source) or _pillow_reason(error)) from None
+        raise DecodeError(_pillow_reason(error)) from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -54,8 +64,9 @@ def _rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image)
+        return white
     return image.convert("RGB")
 
 

@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -24,18 +25,29 @@ from av.container import InputContainer
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
-from smaug.data.decode.contract import MAX_PIXELS, MAX_SECONDS, DecodeError, Got, Want, too_large
+from smaug.data.decode.contract import MAX_DECODED, MAX_PIXELS, MAX_SECONDS, DecodeError, Got, Want, too_large
 from smaug.data.decode.images import read_image
 from smaug.data.decode.threads import Threads
 from smaug.data.frames import Crop, Pick
 from smaug.data.media import Media, Member, media_reason
 
 HELD_BYTES = 64 * 2**20  # packets of a clip up to this size stay in memory; a larger file is read twice
-MAX_FRAMES = 2**20  # of one clip: ten hours at 29 frames a second; the packets of more would fill the memory
+AROUND = 800  # bytes that a packet takes beside its data
+MAX_FRAMES = 2**20  # of one clip: ten hours at 29 frames a second; their times take 100 MB
+TOO_LONG = "takes too long to decode; stopped"
 ASPECTS = (1 / 4, 4)  # pixels that are longer than this are a damaged header, not an anamorphic film
+
+# Containers that are one file. FFmpeg also plays lists (HLS, concat, SDP, a numbered series of pictures), which would
+# have us read other files or wait for the network, and shows any text as letters on a screen ("tty").
+CONTAINERS = (
+    "apng,asf,av1,avi,bmp_pipe,dirac,dv,flv,gif,gxf,h261,h263,h264,hevc,ivf,jpeg_pipe,live_flv,m4v,matroska,mjpeg,mov,"
+    "mpeg,mpegts,mpegvideo,mxf,nut,obu,ogg,png_pipe,rm,swf,vc1,vvc,webp_pipe,wtv,yuv4mpegpipe"
+)
+
+UNSPECIFIED = 2  # matrix of a frame whose file does not say
 
 # swscale without FULL_CHR_H_INT goes through a table that darkens limited-range video by 1.5 levels of 255.
 FILTER = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
@@ -86,16 +98,17 @@ def read_frames(
     `pick` gets the times of the frames (n,), n > 0, seconds from the first, in presentation order, and returns F
     indices in [0, n); any order, repeats allowed. It is called a second time, with the true n, if the packets had
     promised another number. Frames are turned upright and wide pixels shown wide; `crop` of them, or the middle square,
-    is resized to `size` by an antialiased bicubic filter, and turned left to right with `flip`. The clip is the first
-    video stream that is not a cover picture. `out`, if given, is filled and returned. `threads` of the decoder: one
-    where many clips are decoded at once, since two cost a fifth more processor time for the same clips.
+    is resized to `size` by an antialiased bicubic filter, and turned left to right with `flip`. The clip is the video
+    stream that players show: the first by default, and no cover picture. `out`, if given, is filled and returned.
+    `threads` of the decoder: one where many clips are decoded at once, since two cost a fifth more processor time for
+    the same clips. Levels of HDR video come as they are coded: nothing maps its tones to those of a common screen.
 
     Raises DecodeError for everything that can be wrong with the file, and when decoding takes longer than `seconds`;
     ValueError for a wrong `pick` or `out`.
     """
     source = Path(source) if isinstance(source, str) else source
     until = time.monotonic() + seconds
-    with _open(source) as container:
+    with _open(source, until) as container:
         stream = video_stream(container)
         context = stream.codec_context
         context.thread_count = threads
@@ -105,13 +118,13 @@ def read_frames(
         wanted = picked(pick, index.times(stream))
         result = _result(out, len(wanted), size)
         if index.timed and _decode_groups(
-            context, _packets(source, index), index, wanted, _Painter(result, view), until
+            context, _packets(source, index, until), index, wanted, _Painter(result, view), until
         ):
             return result
         # Times are missing or were wrong: count what really comes out, and decide again if that is another number.
         for expected in (len(index.shown), None):
             painter = _Painter(result, view)
-            found = _decode_all(context, _packets(source, index), index, wanted, painter, until)
+            found = _decode_all(context, _packets(source, index, until), index, wanted, painter, until)
             if found == 0:
                 raise DecodeError("0 frames can be decoded")
             if found == expected or expected is None:
@@ -148,9 +161,9 @@ class _View:
     flip: bool
     aspect: float  # width / height of a pixel
 
-    def place(self, height: int, width: int, turns: int) -> tuple[int, int, int, int]:
-        """Of a stored frame that is then turned anticlockwise by `turns` quarters: the height and width to scale all of
-        it to, and the top and left of the square to keep."""
+    def place(self, height: int, width: int, turns: int, mirrored: bool) -> tuple[int, int, int, int]:
+        """Of a stored frame that is then turned anticlockwise by `turns` quarters and perhaps mirrored left to right:
+        the height and width to scale all of it to, and the top and left of the square to keep."""
         stored_width = width * self.aspect
         tall, wide = (stored_width, float(height)) if turns % 2 else (float(height), stored_width)
         if self.crop is None:
@@ -158,6 +171,7 @@ class _View:
             shares, y, x = (side / tall, side / wide), 0.5, 0.5
         else:
             shares, y, x = self.crop.shares(tall, wide), self.crop.y, self.crop.x
+        x = 1 - x if mirrored else x
         # from the upright frame back to the stored one
         if turns % 2:
             shares = (shares[1], shares[0])
@@ -179,14 +193,20 @@ class _Painter:
     def paint(self, frame: VideoFrame, rows: Sequence[int]) -> None:
         if frame.width * frame.height > MAX_PIXELS:
             raise DecodeError(too_large(frame.width, frame.height))
-        size, turns = self.view.size, round(frame.rotation / 90) % 4  # FFmpeg and numpy both count anticlockwise
-        height, width, top, left = self.view.place(frame.height, frame.width, turns)
+        size, (turns, mirrored), matrix = self.view.size, _orientation(frame), _matrix(frame)
+        height, width, top, left = self.view.place(frame.height, frame.width, turns, mirrored)
         frame, height, width, top, left = self._near(frame, height, width, top, left)
         if width * height > MAX_PIXELS:
             raise DecodeError(f"a frame of {frame.width} x {frame.height} is too long and thin")
         try:
             rgb = self.reformatter.reformat(
-                frame, width=width, height=height, format="rgb24", interpolation=FILTER, threads=1
+                frame,
+                width=width,
+                height=height,
+                format="rgb24",
+                src_colorspace=matrix,
+                interpolation=FILTER,
+                threads=1,
             )
         except (av.FFmpegError, ValueError) as error:
             raise DecodeError(f"pixel format {frame.format.name} cannot be converted: {_strerror(error)}") from None
@@ -194,7 +214,7 @@ class _Painter:
         lines = np.frombuffer(memoryview(plane), np.uint8).reshape(height, plane.line_size)
         square = lines[top : top + size, 3 * left : 3 * (left + size)].reshape(size, size, 3)
         square = np.rot90(square, turns) if turns else square
-        if self.view.flip:
+        if self.view.flip != mirrored:
             square = square[:, ::-1]
         for row in rows:
             self.result[row] = square
@@ -220,9 +240,10 @@ class _Painter:
             self.part = VideoFrame(wide, tall, frame.format.name)
         for number, (source, target) in enumerate(zip(frame.planes, self.part.planes, strict=True)):
             half = min(number, 1)
-            lines = np.frombuffer(source, np.uint8).reshape(-1, source.line_size)
+            lines = np.frombuffer(memoryview(source), np.uint8).reshape(-1, source.line_size)
             cut = lines[_halved(rows, half), _halved(columns, half)]
-            np.frombuffer(target, np.uint8).reshape(-1, target.line_size)[: cut.shape[0], : cut.shape[1]] = cut
+            into = np.frombuffer(memoryview(target), np.uint8).reshape(-1, target.line_size)
+            into[: cut.shape[0], : cut.shape[1]] = cut
         self.part.colorspace, self.part.color_range = frame.colorspace, frame.color_range
         return self.part, high, long, top, left
 
@@ -252,7 +273,27 @@ def _halved(pixels: slice, half: int) -> slice:
     return slice(pixels.start >> half, (pixels.stop + half) >> half)
 
 
-def _open(source: Media) -> InputContainer:
+def _orientation(frame: VideoFrame) -> tuple[int, bool]:
+    """How it is turned upright: quarters anticlockwise, as FFmpeg and numpy count, then perhaps left to right."""
+    turns = round(frame.rotation / 90) % 4
+    sides: Any = frame.side_data  # PyAV's own types do not name this one
+    if "DISPLAYMATRIX" not in sides:
+        return turns, False
+    a, b, _, c, d, *_ = np.frombuffer(sides["DISPLAYMATRIX"], np.int32).tolist()
+    # A mirror image. FFmpeg tells the angle of the first column; that of the mirrored upright frame runs the other way.
+    return ((2 - turns) % 4, True) if a * d < b * c else (turns, False)
+
+
+def _matrix(frame: VideoFrame) -> int | None:
+    """Unsaid, it is BT.709 above the sizes of old television, as players assume; FFmpeg would take BT.601 for all."""
+    large = frame.height > 576 or frame.width >= 1280
+    return Colorspace.ITU709 if frame.colorspace == UNSPECIFIED and large else None
+
+
+def _open(source: Media, until: float) -> InputContainer:
+    """FFmpeg gives up opening, or looking for a packet, when it takes as long as remains `until` then."""
+    if reason := media_reason(source):  # first, since a pipe would be waited for
+        raise DecodeError(reason)
     file: str | io.BytesIO
     if isinstance(source, bytes):
         file = io.BytesIO(source)
@@ -261,20 +302,27 @@ def _open(source: Media) -> InputContainer:
     else:
         file = f"file:{source}"  # so that a colon in a name is not taken for a protocol
     try:
-        return av.open(file, "r", metadata_errors="ignore")
+        return av.open(
+            file,
+            "r",
+            metadata_errors="ignore",
+            container_options={"format_whitelist": CONTAINERS},
+            timeout=max(until - time.monotonic(), 0.001),  # 0 would be no limit
+        )
+    except av.error.ExitError:
+        raise DecodeError(TOO_LONG) from None
     except (av.FFmpegError, OSError) as error:
-        unknown = isinstance(error, av.error.InvalidDataError)
-        reason = "not a media file" if unknown else f"cannot be opened: {_strerror(error)}"
-        raise DecodeError(media_reason(source) or reason) from None
+        unknown = isinstance(error, av.error.InvalidDataError | av.error.ArgumentError)  # the second: not in CONTAINERS
+        raise DecodeError("not a media file" if unknown else f"cannot be opened: {_strerror(error)}") from None
 
 
 def video_stream(container: InputContainer) -> VideoStream:
-    covers = av.stream.Disposition.attached_pic
-    streams = [stream for stream in container.streams.video if not stream.disposition & covers]
+    flags = av.stream.Disposition
+    streams = [stream for stream in container.streams.video if not stream.disposition & flags.attached_pic]
     if not streams:
         kinds = sorted({stream.type for stream in container.streams})
         raise DecodeError(f"no video stream (has {', '.join(kinds)})" if kinds else "no video stream")
-    stream = streams[0]
+    stream = next((stream for stream in streams if stream.disposition & flags.default), streams[0])
     if stream.codec_context is None:
         raise DecodeError("no decoder for its codec")
     if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
@@ -288,40 +336,37 @@ def _pixel_aspect(stream: VideoStream) -> float:
 
 
 def _rate(stream: VideoStream) -> float:
-    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    rate = float(stream.guessed_rate or stream.average_rate or 0)  # in AVI the average may count fields
     return rate if rate > 0 else 25.0
 
 
 def index_packets(container: InputContainer, stream: VideoStream, until: float) -> Index:
-    vp8 = stream.codec_context.name == "vp8"
+    vp8, mpeg4 = (stream.codec_context.name == name for name in ("vp8", "mpeg4"))
+    packed = False  # DivX: two frames in a packet, an empty one after it; each then comes with the other's time
     packets: list[Packet] = []
     pts: list[int | None] = []
     keys: list[int] = []
     shown: list[int] = []
     held = whole = 0
-    try:
-        for packet in _demux(container, stream):
-            position = len(pts)
-            if position == MAX_FRAMES:
-                raise DecodeError(f"more than {MAX_FRAMES} frames; cut it into clips")
-            if position % 256 == 0:
-                _check(until)
-            pts.append(packet.pts)
-            if packet.is_keyframe:
-                keys.append(position)
-            # Not shown: what an edit list cuts off, and VP8's hidden reference frames (bit 4 of byte 0 is show_frame).
-            if not (packet.is_discard or (vp8 and not bytes(packet)[0] & 0x10)):
-                shown.append(position)
-            whole += not packet.is_corrupt
-            held += packet.size
-            if held <= HELD_BYTES:
-                packets.append(packet)
-            else:
-                packets.clear()
-    except av.FFmpegError as error:
-        raise DecodeError(f"damaged: cannot be read after frame {len(shown)}: {_strerror(error)}") from None
-    if not shown:
-        raise DecodeError("0 frames")
+    for packet in _demux(container, stream):
+        position = len(pts)
+        if position == MAX_FRAMES:
+            raise DecodeError(f"more than {MAX_FRAMES} frames; cut it into clips")
+        if position % 256 == 0:
+            _check(until)
+        pts.append(packet.pts)
+        if packet.is_keyframe:
+            keys.append(position)
+        # Not shown: what an edit list cuts off, and VP8's hidden reference frames (bit 4 of byte 0 is show_frame).
+        if not (packet.is_discard or (vp8 and not bytes(packet)[0] & 0x10)):
+            shown.append(position)
+        packed = packed or (mpeg4 and bytes(packet).count(b"\0\0\1\xb6") > 1)
+        whole += not packet.is_corrupt
+        held += packet.size + AROUND
+        if held <= HELD_BYTES:
+            packets.append(packet)
+        else:
+            packets.clear()
     # Only this container lists its frames ahead of them. Refused even if the wanted ones are there: half a clip under
     # a caption for all of it, on some visits, is worse than a file that is named in a report.
     if "mp4" in container.format.name.split(",") and whole < len(stream.index_entries):
@@ -331,25 +376,40 @@ def index_packets(container: InputContainer, stream: VideoStream, until: float) 
     times = [pts[position] for position in shown]
     # AVI stores no times; for these two codecs FFmpeg then gives the order of the file, which is not that of showing.
     ordered = container.format.name != "avi" or stream.codec_context.name not in {"h264", "hevc"}
-    timed = ordered and None not in times and len(set(times)) == len(times)
+    timed = ordered and not packed and None not in times and len(set(times)) == len(times)
     if timed:
-        shown.sort(key=lambda position: pts[position])  # type: ignore[arg-type, return-value]  # None is excluded
+        # A recording may begin within a group, or with the rest of an open one: nothing there can be decoded.
+        first = pts[keys[0]] if keys and keys[0] > 0 else None
+        shown = sorted(
+            (position for position in shown if first is None or pts[position] >= first),  # type: ignore[operator]
+            key=lambda position: pts[position],  # type: ignore[arg-type, return-value]  # None is excluded
+        )
+    if not shown:
+        raise DecodeError("0 frames")
+    if stream.codec_context.pix_fmt == "pal8":
+        keys = keys[:1]  # AVI has the palette in the first packet, and key frames do not repeat it
     return Index(packets if held <= HELD_BYTES else None, pts, keys, shown, timed)
 
 
-def _packets(source: Media, index: Index) -> Iterator[Packet]:
+def _packets(source: Media, index: Index, until: float) -> Iterator[Packet]:
     if index.packets is not None:
         yield from index.packets
         return
-    with _open(source) as container:
+    with _open(source, until) as container:
         yield from _demux(container, video_stream(container))
 
 
 def _demux(container: InputContainer, stream: VideoStream) -> Iterator[Packet]:
+    count = 0
     try:
         for packet in container.demux(stream):
             if packet.size:  # 0: PyAV's end mark
+                count += 1
                 yield packet
+    except av.error.ExitError:
+        raise DecodeError(TOO_LONG) from None
+    except av.FFmpegError as error:
+        raise DecodeError(f"damaged: cannot be read after frame {count}: {_strerror(error)}") from None
     except IndexError:
         # In MPEG files a stream may appear while reading; PyAV stumbles over its end mark, when all packets have come.
         return
@@ -365,7 +425,13 @@ def picked(pick: Pick, times: np.ndarray) -> list[int]:
 
 def _check(until: float) -> None:
     if time.monotonic() > until:
-        raise DecodeError("takes too long to decode; stopped")
+        raise DecodeError(TOO_LONG)
+
+
+def _bound(context: VideoCodecContext, frames: int) -> None:
+    """Refuses at once, and alike on every machine, what the time limit would end."""
+    if frames * context.width * context.height > MAX_DECODED:
+        raise DecodeError(f"{frames} frames of {context.width} x {context.height} to decode; cut it into clips")
 
 
 def _result(out: np.ndarray | None, frames: int, size: int) -> np.ndarray:
@@ -417,7 +483,9 @@ def _decode_groups(
 ) -> bool:
     """Decodes the groups of pictures that hold wanted frames, recognised by their time. False: one did not come out."""
     rows = {index.pts[index.shown[frame]]: rows for frame, rows in _rows(wanted).items()}
-    stretches = iter(ranges(index, {index.shown[frame] for frame in wanted}))
+    found = ranges(index, {index.shown[frame] for frame in wanted})
+    _bound(context, sum(end - start + 1 for start, end in found))
+    stretches = iter(found)
     # An unwanted frame of H.264 that no other refers to need not be decoded: half the work where B-frames are many.
     # Only H.264 marks them exactly; in HEVC the mark holds within one temporal layer.
     skips = context.name == "h264"
@@ -437,8 +505,8 @@ def _decode_groups(
             except av.FFmpegError:
                 continue  # a bad packet matters if a wanted frame is missing, and that is seen at the end
             for frame in frames:
-                if (found := rows.pop(frame.pts, None)) is not None:
-                    painter.paint(frame, found)
+                if (shows := rows.pop(frame.pts, None)) is not None:
+                    painter.paint(frame, shows)
         if position == end:
             context.flush_buffers()
             start, end = next(stretches, (len(index.pts), -1))
@@ -455,6 +523,7 @@ def _decode_all(
 ) -> int:
     """Decodes the whole clip and counts; frames are recognised by their number. Number of frames found."""
     rows = _rows(wanted)
+    _bound(context, len(index.pts))
     context.flush_buffers()
     context.skip_frame = "DEFAULT"
     count = 0
