@@ -1,0 +1,148 @@
+"""The groups of pictures that hold the wanted frames of a clip, as small files for decoders that only take files.
+
+Frames have new, even times and new numbers there. So what containers do to times (edit lists, variable rates, hidden
+packets) is settled by our own index, and such a decoder sees no file that PyAV cannot read.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import torch
+from av.packet import Packet
+from av.video.codeccontext import VideoCodecContext
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from torch import Tensor
+
+from smaug.data.decode.contract import DecodeError, Got, Want
+from smaug.data.decode.pyav import _open, _packets, _pixel_aspect, _View, index_packets, picked, ranges, video_stream
+
+# Written by a struct.pack, and one file for all groups: these codecs begin anew at a key frame, H.264 may look back.
+IVF = {"vp8": b"VP80", "vp9": b"VP90", "mjpeg": b"MJPG"}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    file: bytes
+    frames: list[int]  # numbers of the wanted frames in the file, ascending
+    packets: int  # of the file
+
+
+@dataclass(frozen=True, slots=True)
+class Trimmed:
+    pieces: list[Piece]
+    rows: list[int]  # of each wanted frame its place among the frames of all pieces
+    place: tuple[int, int, int, int]  # `_View.place` of the stored frame
+    turns: int  # quarters to turn frames anticlockwise, after that
+    flip: bool  # left to right, after that
+    height: int
+    width: int
+    format: str  # of pixels, FFmpeg's name
+    matrix: int  # of colours, numbered as in ITU-T H.273
+
+    def upright(self, parts: Sequence[Tensor]) -> Tensor:
+        """Squares (F, size, size, 3) of the pieces -> the wanted frames, turned; `flip` is for the caller."""
+        frames = parts[0] if len(parts) == 1 else torch.cat([*parts])
+        if self.rows != list(range(len(frames))):
+            frames = frames[self.rows]
+        return torch.rot90(frames, self.turns, (1, 2)).contiguous() if self.turns else frames
+
+
+def trim(want: Want, size: int, seconds: float, check: Callable[[str], None], name: str) -> Trimmed | Got:
+    """Got if no frames are wanted. `check` raises DecodeError for a codec, FFmpeg's name, that `name` cannot decode."""
+    with _open(want.media) as container:
+        stream = video_stream(container)
+        context = stream.codec_context
+        context.thread_count, context.thread_type = 1, "NONE"
+        codec = context.codec.canonical_name
+        check(codec)
+        index = index_packets(container, stream, time.monotonic() + seconds)
+        if not index.timed:
+            raise DecodeError(f"{name} cannot tell its frames apart: not every one has a time")
+        pts = [moment or 0 for moment in index.pts]  # None: only of a packet that is not shown
+        wanted = [index.shown[frame] for frame in picked(want.pick, index.times(stream))]
+        if not wanted:
+            return Got(torch.empty((0, size, size, 3), dtype=torch.uint8), "", name)
+        # At the end of a file that begins with an open group, H.264 of FFmpeg 5 loses the frames that it holds back; four
+        # more packets push them out. A decoder that does not need them does not come that far.
+        more = 4 if codec == "h264" else 0
+        # Frames that follow a key frame and are shown before it need the group before, which is not there.
+        stretches = [
+            [position for position in range(first, min(last + more + 1, len(pts))) if pts[position] >= pts[first]]
+            for first, last in ranges(index, wanted)
+        ]
+        kept = {position for stretch in stretches for position in stretch}
+        if not kept.issuperset(wanted):
+            raise DecodeError("damaged: a wanted frame has no key frame before it")
+        packets = {position: packet for position, packet in enumerate(_packets(want.media, index)) if position in kept}
+        # For what such decoders do not tell: the turn, and how colours are stored; 1 of 45 ms a clip. Of H.264 every
+        # key frame: where pictures are refreshed bit by bit, what is marked as one is not whole.
+        looks = stretches if codec == "h264" else stretches[:1]
+        frame = [_key_frame(context, packets[stretch[0]], name) for stretch in looks][-1]
+        if codec in IVF:
+            stretches = [[position for stretch in stretches for position in stretch]]
+        pieces: list[Piece] = []
+        order: list[int] = []
+        for stretch in stretches:
+            number = {position: i for i, position in enumerate(sorted(stretch, key=pts.__getitem__))}
+            these = sorted({*wanted}.intersection(stretch), key=pts.__getitem__)
+            numbered = [(packets[position], number[position]) for position in stretch]
+            file = _ivf(IVF[codec], context, numbered) if codec in IVF else _matroska(stream, numbered)
+            pieces.append(Piece(file, [number[position] for position in these], len(stretch)))
+            order += these
+        rows = {position: row for row, position in enumerate(order)}
+        view = _View(size, want.crop, want.flip, _pixel_aspect(stream))
+        turns = round(frame.rotation / 90) % 4
+    return Trimmed(
+        pieces,
+        [rows[position] for position in wanted],
+        view.place(frame.height, frame.width, turns),
+        turns,
+        want.flip,
+        frame.height,
+        frame.width,
+        frame.format.name,
+        int(frame.colorspace),
+    )
+
+
+def _key_frame(context: VideoCodecContext, packet: Packet, name: str) -> VideoFrame:
+    context.flush_buffers()
+    try:
+        frames = context.decode(packet) + context.decode(None)
+    except av.FFmpegError:
+        frames = []
+    if not frames:
+        raise DecodeError(f"its key frames are damaged or not whole, and {name} would not notice")
+    return frames[0]
+
+
+def _ivf(codec: bytes, context: VideoCodecContext, packets: Sequence[tuple[Packet, int]]) -> bytes:
+    sides = (context.width, context.height)
+    parts = [struct.pack("<4sHH4sHHIIII", b"DKIF", 0, 32, codec, *sides, 25, 1, len(packets), 0)]
+    for packet, number in packets:
+        parts += (struct.pack("<IQ", packet.size, number), bytes(packet))
+    return b"".join(parts)
+
+
+def _matroska(stream: VideoStream, packets: Sequence[tuple[Packet, int]]) -> bytes:
+    out = io.BytesIO()
+    try:
+        with av.open(out, "w", format="matroska") as file:
+            copy = file.add_stream_from_template(stream, opaque=True)
+            copy.set_display_rotation(0)  # or some would turn the frames, and some not
+            for position, (packet, number) in enumerate(packets):
+                packet.stream, packet.time_base = copy, Fraction(1, 1000)
+                packet.pts, packet.duration = 40 * number, 40
+                packet.dts = 40 * (position - 32)  # before every pts: no codec reorders by more than 16 frames
+                file.mux(packet)
+    except (av.FFmpegError, ValueError):
+        raise DecodeError("its packets cannot be written to a Matroska file") from None
+    return out.getvalue()
