@@ -6,6 +6,7 @@ The clips are those of test_decode.py: the brightness of a frame is its number.
 import runpy
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ N, encode, numbers = made.N, made.encode, made.numbers
 CPU = torch.device("cpu")
 VPX = {"crf": "4", "b": "0", "deadline": "realtime", "cpu-used": "8"}
 FINE = {"qmin": "1", "qmax": "1", "strict": "unofficial"}
+OPTIONS = {"libvpx": {"crf": "4", "b": "2M"}, "libvpx-vp9": VPX, "mjpeg": FINE}
 KINDS = made.KINDS | {
     "vp9.mp4": ("libvpx-vp9", VPX),
     "mjpeg.avi": ("mjpeg", FINE),
@@ -49,7 +51,7 @@ REFUSED = {
 }
 # Decoding is exact, so what differs is how chroma is spread and which bicubic filter makes a frame smaller. Two of them
 # in FFmpeg and Pillow differ by up to this much, in levels of 255 (test_decode.py, video and picture).
-LEVELS = 1.5
+LEVELS = {"pyav": 0.0, "dali": 1.5, "torchcodec": 2.5}  # torchcodec darkens green by up to 2, see pyav.FILTER
 
 
 @pytest.fixture(scope="module", params=["pyav", "dali", "torchcodec"])
@@ -87,11 +89,12 @@ def frames_of(got) -> np.ndarray:
     return got.frames.cpu().numpy()
 
 
-def assert_like_pyav(decoder, wants, size, levels=LEVELS):
+def assert_like_pyav(decoder, wants, size):
+    levels = LEVELS[decoder.name]
     for want, got in zip(wants, decoder.decode(wants, size), strict=True):
         expected = read_frames(want.media, want.pick, size, crop=want.crop, flip=want.flip).astype(float)
         difference = frames_of(got) - expected
-        assert np.abs(difference).mean() < levels and np.abs(difference.mean((0, 1, 2))).max() < levels
+        assert np.abs(difference).mean() <= levels and np.abs(difference.mean((0, 1, 2))).max() <= levels
 
 
 def all_orders():
@@ -158,11 +161,33 @@ def test_range_and_matrix_are_those_of_the_stream(decoder, tmp_path, codec, pix_
             plane.update(bytes([level]) * plane.buffer_size)
         file.mux(stream.encode(frame))
         file.mux(stream.encode())
-    assert_like_pyav(decoder, [video(tmp_path / "a.mkv", [0])], 32)
+    want = video(tmp_path / "a.mkv", [0])
+    if decoder.name == "torchcodec" and full and "vp9" in codec:
+        assert decoder.decode([want], 32)[0].reason == "torchcodec does not see that its levels go from 0 to 255"
+    else:
+        assert_like_pyav(decoder, [want], 32)
 
 
-def test_a_clip_whose_size_changes(decoder, tmp_path):
-    """No decoder may take a frame for one of another size: memory that was never written, or not ours."""
+@pytest.mark.parametrize("codec", ["libvpx", "libvpx-vp9", "mjpeg"])
+@pytest.mark.parametrize("second", [(64, 160), (32, 96), (128, 192)])
+def test_a_clip_whose_size_changes(decoder, tmp_path, codec, second):
+    """DALI would show memory that was never written, or die of memory that is not its own."""
+    pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+    pictures = [made.smooth(64, 96)] * 12, [made.smooth(*second)] * 12
+    parts = [encode(tmp_path / f"{i}.mkv", p, codec, pix_fmt, OPTIONS[codec]) for i, p in enumerate(pictures)]
+    with av.open(str(tmp_path / "a.mkv"), "w") as file, av.open(str(parts[0])) as one, av.open(str(parts[1])) as two:
+        stream = file.add_stream_from_template(one.streams.video[0], opaque=True)
+        packets = [packet for part in (one, two) for packet in part.demux(video=0) if packet.size]
+        for number, packet in enumerate(packets):
+            packet.stream, packet.time_base = stream, Fraction(1, 1000)
+            packet.pts = packet.dts = 40 * number
+            file.mux(packet)
+    whole, start = decoder.decode([video(tmp_path / "a.mkv", frames) for frames in ([0, 13, 20], [0, 7])], 32)
+    assert len(frames_of(start)) == 2
+    if decoder.name == "pyav":
+        assert len(frames_of(whole)) == 3
+    else:
+        assert whole.reason == f"its frames have several sizes, which {decoder.name} does not notice"
 
 
 def test_bad_clips_spoil_no_others(decoder, clip, tmp_path):

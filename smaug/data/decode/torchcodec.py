@@ -48,6 +48,8 @@ class TorchcodecDecoder:
             clip = trim(want, size, self.seconds, lambda codec: None, self.name)
             if isinstance(clip, Got):
                 return clip
+            if clip.full and not clip.format.startswith("yuvj"):
+                raise DecodeError("torchcodec does not see that its levels go from 0 to 255")
             frames = clip.upright([self._squares(piece.file, piece.frames, clip, size) for piece in clip.pieces])
             return Got(frames.flip(2) if clip.flip else frames, "", self.name)
         except DecodeError as error:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from smaug.data.decode.contract import DecodeError, Got, Want
 from smaug.data.decode.pyav import _open, _packets, _pixel_aspect, _View, index_packets, picked, ranges, video_stream
+from smaug.data.decode.sizes import sizes
 
 # Written by a struct.pack, and one file for all groups: these codecs begin anew at a key frame, H.264 may look back.
 IVF = {"vp8": b"VP80", "vp9": b"VP90", "mjpeg": b"MJPG"}
@@ -46,6 +47,7 @@ class Trimmed:
     width: int
     format: str  # of pixels, FFmpeg's name
     matrix: int  # of colours, numbered as in ITU-T H.273
+    full: bool  # luma from 0 to 255
 
     def upright(self, parts: Sequence[Tensor]) -> Tensor:
         """Squares (F, size, size, 3) of the pieces -> the wanted frames, turned; `flip` is for the caller."""
@@ -82,10 +84,15 @@ def trim(want: Want, size: int, seconds: float, check: Callable[[str], None], na
         if not kept.issuperset(wanted):
             raise DecodeError("damaged: a wanted frame has no key frame before it")
         packets = {position: packet for position, packet in enumerate(_packets(want.media, index)) if position in kept}
-        # For what such decoders do not tell: the turn, and how colours are stored; 1 of 45 ms a clip. Of H.264 every
-        # key frame: where pictures are refreshed bit by bit, what is marked as one is not whole.
-        looks = stretches if codec == "h264" else stretches[:1]
-        frame = [_key_frame(context, packets[stretch[0]], name) for stretch in looks][-1]
+        # For what such decoders do not tell: the turn, and how colours are stored; 1 of 45 ms a clip.
+        looks = stretches[:1] if codec in IVF else stretches
+        frames = [_key_frame(context, packets[stretch[0]], name) for stretch in looks]
+        frame = frames[0]
+        found = {(one.width, one.height) for one in frames}
+        if codec in IVF:
+            found.update(size for packet in packets.values() for size in sizes(codec, bytes(packet)))
+        if len(found) > 1:
+            raise DecodeError(f"its frames have several sizes, which {name} does not notice")
         if codec in IVF:
             stretches = [[position for stretch in stretches for position in stretch]]
         pieces: list[Piece] = []
@@ -110,10 +117,12 @@ def trim(want: Want, size: int, seconds: float, check: Callable[[str], None], na
         frame.width,
         frame.format.name,
         int(frame.colorspace),
+        frame.color_range == 2,
     )
 
 
 def _key_frame(context: VideoCodecContext, packet: Packet, name: str) -> VideoFrame:
+    # Where pictures are refreshed bit by bit, what H.264 marks as a key frame is not whole.
     context.flush_buffers()
     try:
         frames = context.decode(packet) + context.decode(None)
@@ -141,6 +150,7 @@ def _matroska(stream: VideoStream, packets: Sequence[tuple[Packet, int]]) -> byt
             for position, (packet, number) in enumerate(packets):
                 packet.stream, packet.time_base = copy, Fraction(1, 1000)
                 packet.pts, packet.duration = 40 * number, 40
+                packet.is_keyframe = position == 0  # none other, so that nobody seeks inside
                 packet.dts = 40 * (position - 32)  # before every pts: no codec reorders by more than 16 frames
                 file.mux(packet)
     except (av.FFmpegError, ValueError):
