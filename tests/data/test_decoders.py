@@ -114,12 +114,31 @@ def test_every_frame_is_the_one_asked_for(decoder, clip, name):
     if name in REFUSED[decoder.name]:
         assert {one.reason for one in got if one.frames is None} == {REFUSED[decoder.name][name]}
         assert all(
-            numbers(one.frames.numpy()) == want.pick([]) for one, want in zip(got, wants) if one.frames is not None
+            numbers(one.frames.numpy()) == want.pick([])
+            for one, want in zip(got, wants, strict=True)
+            if one.frames is not None
         )
     else:
         assert [numbers(frames_of(one)) for one in got] == all_orders()
         (none,) = decoder.decode([video(clip(name), [])], 32)
         assert frames_of(none).shape == (0, 32, 32, 3)
+
+
+def test_hidden_packets_of_vp8_are_no_frames(decoder, tmp_path, clip):
+    hidden = {5, 17, 30}
+    with av.open(str(clip("vp8.webm"))) as source, av.open(str(tmp_path / "a.webm"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
+            data = bytearray(bytes(packet))
+            data[0] &= ~0x10 if number in hidden else 0xFF  # the bit is show_frame
+            copy = av.Packet(bytes(data))
+            copy.stream, copy.time_base, copy.pts, copy.dts = stream, packet.time_base, packet.pts, packet.dts
+            copy.is_keyframe = packet.is_keyframe
+            target.mux(copy)
+    shown = [number for number in range(N) if number not in hidden]
+    orders = [[*range(57)], [4, 5, 15, 16, 27, 28], [56], [29]]
+    got = decoder.decode([video(tmp_path / "a.webm", frames) for frames in orders], 32)
+    assert [numbers(frames_of(one)) for one in got] == [[shown[i] for i in frames] for frames in orders]
 
 
 CROPS = (None, Crop(0.4, 1.3, 0.1, 0.8), Crop(1.0, 0.75, 0.5, 0.5), Crop(0.3, 0.8, 1.0, 0.0))
@@ -293,12 +312,33 @@ def test_a_missing_decoder_is_refused_in_one_line(monkeypatch):
 
 def test_dali_on_a_gpu_that_is_not_there_is_refused(on_cpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="^dali is to decode on a GPU, but PyTorch sees none here$"):
+    with pytest.raises(ValueError, match=r"^dali is to decode on a GPU, but PyTorch sees none here$"):
         open_decoder("dali", torch.device("cuda"))
 
 
 # ---- on a GPU
 
-ON_A_GPU = {
-    name: name for name in ("h264.mp4", "opengop.mp4", "mpeg.ts", "hevc.mp4", "vp9.webm", "vp8.webm", "av1.mkv")
-}
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["h264.mp4", "opengop.mp4", "mpeg.ts", "hevc.mp4", "vp9.webm", "vp8.webm", "av1.mkv"])
+def test_dali_on_a_gpu(tmp_path, name):
+    """NVDEC's least sizes are 128 x 128 for VP9 and AV1, 144 x 144 for HEVC."""
+    try:
+        on_gpu = DaliDecoder(torch.device("cuda"), 2, 20.0)
+    except ValueError as error:
+        pytest.skip(str(error))
+    codec, options = KINDS[name]
+    large = [np.asarray(Image.fromarray(picture).resize((288, 192))) for picture in made.numbered()]
+    path = encode(tmp_path / name, large, codec, options=options)
+    wants = [video(path, frames) for frames in all_orders()]
+    got = on_gpu.decode(wants, 32)
+    assert [numbers(frames_of(one)) for one in got] == all_orders()
+    assert all(one.frames.is_cuda for one in got)
+    films = encode(tmp_path / f"smooth.{name}", [made.smooth(192, 288)] * 2, codec, options=options)
+    assert_like_pyav(
+        on_gpu, [video(films, [1, 0], crop=crop, flip=flip) for crop in CROPS for flip in (False, True)], 64
+    )
+    auto = open_decoder("auto", torch.device("cuda"))
+    (film,) = auto.decode([Want(films, "video", every_frame)], 64)
+    assert film.decoder == "dali" and film.frames.is_cuda
+    on_gpu.close()

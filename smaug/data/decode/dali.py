@@ -112,7 +112,7 @@ class DaliDecoder:
             (out,) = self.pipelines[size].run(
                 stream,
                 file=[np.frombuffer(job.piece.file, np.uint8) for job in jobs],
-                frames=[np.array(job.piece.frames, np.int32) for job in jobs],
+                frames=[np.array(job.piece.shown, np.int32) for job in jobs],
                 start=[job.start for job in jobs],
                 end=[job.end for job in jobs],
             )
@@ -209,6 +209,5 @@ def _luma_and_chroma(red: float, blue: float) -> Tensor:
 
 def _reason(error: RuntimeError) -> str:
     """The part of DALI's message that says what is wrong."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    said = next((line.split("failed: ")[-1] for line in lines if line.startswith(("Assert on", "Error"))), "")
+    said = next((line.split("failed: ")[-1] for line in str(error).splitlines() if "failed: " in line), "")
     return f"dali: {said[:100]}" if said else "dali cannot decode it"

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from smaug.data.decode.contract import MAX_PIXELS, MAX_SECONDS, DecodeError, Got, Want
 from smaug.data.decode.images import read_image
 from smaug.data.decode.threads import Threads
-from smaug.data.decode.trim import Trimmed, trim
+from smaug.data.decode.trim import SECONDS, Trimmed, trim
 
 
 class TorchcodecDecoder:
@@ -60,9 +60,12 @@ class TorchcodecDecoder:
         if high * long > MAX_PIXELS:
             raise DecodeError(f"a frame of {clip.width} x {clip.height} is too long and thin")
         try:
-            frames = self.open(file, num_ffmpeg_threads=1).get_frames_at(numbers).data
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise DecodeError(f"torchcodec: {(str(error).splitlines() or [''])[0][:100]}") from None
+            batch = self.open(file, num_ffmpeg_threads=1).get_frames_at(numbers)
+        except (RuntimeError, ValueError, IndexError) as error:  # it names its own source file, and then the reason
+            raise DecodeError(f"torchcodec: {str(error).partition(chr(10))[0].split(', ')[-1][:100]}") from None
+        if (batch.pts_seconds - SECONDS * torch.tensor(numbers)).abs().max() > SECONDS / 2:
+            raise DecodeError("damaged: a wanted frame cannot be decoded")  # and the one before or after it came
+        frames = batch.data
         squares = torch.empty((len(frames), size, size, 3), dtype=torch.uint8)
         for square, frame in zip(squares, frames, strict=True):
             whole = F.interpolate(frame[None], (high, long), mode="bicubic", antialias=True)[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,6 +26,8 @@ from smaug.data.decode.contract import DecodeError, Got, Want
 from smaug.data.decode.pyav import _open, _packets, _pixel_aspect, _View, index_packets, picked, ranges, video_stream
 from smaug.data.decode.sizes import sizes
 
+SECONDS = 0.04  # from a frame of a small file to the next
+
 # Written by a struct.pack, and one file for all groups: these codecs begin anew at a key frame, H.264 may look back.
 IVF = {"vp8": b"VP80", "vp9": b"VP90", "mjpeg": b"MJPG"}
 
@@ -32,7 +35,8 @@ IVF = {"vp8": b"VP80", "vp9": b"VP90", "mjpeg": b"MJPG"}
 @dataclass(frozen=True, slots=True)
 class Piece:
     file: bytes
-    frames: list[int]  # numbers of the wanted frames in the file, ascending
+    frames: list[int]  # numbers of the wanted frames in the file, ascending, by their times
+    shown: list[int]  # the same, not counting VP8's hidden packets
     packets: int  # of the file
 
 
@@ -72,8 +76,8 @@ def trim(want: Want, size: int, seconds: float, check: Callable[[str], None], na
         wanted = [index.shown[frame] for frame in picked(want.pick, index.times(stream))]
         if not wanted:
             return Got(torch.empty((0, size, size, 3), dtype=torch.uint8), "", name)
-        # At the end of a file that begins with an open group, H.264 of FFmpeg 5 loses the frames that it holds back; four
-        # more packets push them out. A decoder that does not need them does not come that far.
+        # At the end of a file that begins with an open group, FFmpeg 5 loses frames of H.264 that it holds back. Four
+        # more packets push them out; a decoder that does not need them does not come that far.
         more = 4 if codec == "h264" else 0
         # Frames that follow a key frame and are shown before it need the group before, which is not there.
         stretches = [
@@ -86,9 +90,9 @@ def trim(want: Want, size: int, seconds: float, check: Callable[[str], None], na
         packets = {position: packet for position, packet in enumerate(_packets(want.media, index)) if position in kept}
         # For what such decoders do not tell: the turn, and how colours are stored; 1 of 45 ms a clip.
         looks = stretches[:1] if codec in IVF else stretches
-        frames = [_key_frame(context, packets[stretch[0]], name) for stretch in looks]
-        frame = frames[0]
-        found = {(one.width, one.height) for one in frames}
+        keys = [_key_frame(context, packets[stretch[0]], name) for stretch in looks]
+        frame = keys[0]
+        found = {(one.width, one.height) for one in keys}
         if codec in IVF:
             found.update(size for packet in packets.values() for size in sizes(codec, bytes(packet)))
         if len(found) > 1:
@@ -99,10 +103,12 @@ def trim(want: Want, size: int, seconds: float, check: Callable[[str], None], na
         order: list[int] = []
         for stretch in stretches:
             number = {position: i for i, position in enumerate(sorted(stretch, key=pts.__getitem__))}
+            hidden = [number[p] for p in stretch if codec == "vp8" and not bytes(packets[p])[0] & 0x10]
             these = sorted({*wanted}.intersection(stretch), key=pts.__getitem__)
             numbered = [(packets[position], number[position]) for position in stretch]
             file = _ivf(IVF[codec], context, numbered) if codec in IVF else _matroska(stream, numbered)
-            pieces.append(Piece(file, [number[position] for position in these], len(stretch)))
+            frames = [number[position] for position in these]
+            pieces.append(Piece(file, frames, [n - bisect_left(hidden, n) for n in frames], len(stretch)))
             order += these
         rows = {position: row for row, position in enumerate(order)}
         view = _View(size, want.crop, want.flip, _pixel_aspect(stream))
