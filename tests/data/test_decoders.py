@@ -141,6 +141,23 @@ def test_hidden_packets_of_vp8_are_no_frames(decoder, tmp_path, clip):
     assert [numbers(frames_of(one)) for one in got] == [[shown[i] for i in frames] for frames in orders]
 
 
+def test_hidden_frames_of_vp9_are_no_frames(decoder, tmp_path, clip):
+    """A writer of files joins each with the frame after it."""
+    with av.open(str(clip("vp9.webm"))) as source, av.open(str(tmp_path / "a.webm"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
+            data = bytearray(bytes(packet))
+            data[0] &= ~0x02 if packet.is_keyframe and number else 0xFF  # the bit is show_frame
+            copy = av.Packet(bytes(data))
+            copy.stream, copy.time_base, copy.pts, copy.dts = stream, packet.time_base, packet.pts, packet.dts
+            copy.is_keyframe = packet.is_keyframe
+            target.mux(copy)
+    shown = [number for number in range(N) if number % 12 or not number]
+    orders = [[*range(56)], [3, 20], [11, 12], [55]]
+    got = decoder.decode([video(tmp_path / "a.webm", frames) for frames in orders], 32)
+    assert [numbers(frames_of(one)) for one in got] == [[shown[i] for i in frames] for frames in orders]
+
+
 CROPS = (None, Crop(0.4, 1.3, 0.1, 0.8), Crop(1.0, 0.75, 0.5, 0.5), Crop(0.3, 0.8, 1.0, 0.0))
 
 

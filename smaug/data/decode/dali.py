@@ -127,15 +127,14 @@ class DaliDecoder:
         pipeline = self.dali.Pipeline(
             batch_size=MOST_PIECES,
             num_threads=self.workers,
-            device_id=(self.device.index or 0) if self.cuda else None,
+            device_id=torch.empty(0, device=self.device).get_device() if self.cuda else None,  # cuda: the current one
             prefetch_queue_depth=1,  # every run brings its own inputs; what runs ahead of the step is the loader
         )
         with pipeline:
             file = fn.external_source(name="file", dtype=types.UINT8, ndim=1)
             frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
             start, end = (fn.external_source(name=name, dtype=types.FLOAT, ndim=1) for name in ("start", "end"))
-            # pad_mode: by default a frame that is not there is shown black
-            video = fn.decoders.video(file, frames=frames, device="mixed" if self.cuda else "cpu", pad_mode="none")
+            video = fn.decoders.video(file, frames=frames, device="mixed" if self.cuda else "cpu")
             cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True}
             square = fn.resize(video, size=[size, size], roi_start=start, roi_end=end, roi_relative=True, **cubic)
             pipeline.set_outputs(square)

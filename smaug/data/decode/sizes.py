@@ -1,4 +1,4 @@
-"""The frame size in the header of a VP8, VP9 or MJPEG packet, for decoders that trust it never to change.
+"""The frame size in the headers of VP8, VP9 and MJPEG packets, for decoders that trust it never to change.
 
 A stream may change it, and so may a flipped bit. DALI 2.4.0 then shows memory that it never wrote, or dies reading
 beyond it, so one clip would end a run.
