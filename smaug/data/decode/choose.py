@@ -21,7 +21,7 @@ def open_decoder(choice: Choice, device: torch.device, workers: int = 2, seconds
     auto: on a GPU dali where it is installed, and pyav for each clip that dali cannot read; on a CPU pyav, the
     fastest there in all that benchmarks/bench_data.py measures.
     """
-    if choice == "dali" or (choice == "auto" and device.type == "cuda" and importlib.util.find_spec("nvidia.dali")):
+    if choice == "dali" or (choice == "auto" and device.type == "cuda" and _has_dali()):
         from smaug.data.decode.dali import DaliDecoder
 
         dali = DaliDecoder(device, workers, seconds)
@@ -31,6 +31,13 @@ def open_decoder(choice: Choice, device: torch.device, workers: int = 2, seconds
 
         return on_device(TorchcodecDecoder(workers, seconds), device)
     return on_device(PyavDecoder(workers, seconds), device)
+
+
+def _has_dali() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # of `nvidia`
+        return False
 
 
 class Second:
