@@ -24,7 +24,7 @@ from smaug.data import shapes
 from smaug.data.contact_sheet import contact_sheet
 from smaug.data.decode import DecodeError, read_frames, read_image
 from smaug.data.decode.contract import MAX_SECONDS
-from smaug.data.decode.pyav import _open, index_packets, ranges, video_stream
+from smaug.data.decode.pyav import index_packets, open_media, ranges, video_stream
 from smaug.data.decode.threads import Threads
 from smaug.data.frames import every_frame, middle_segments
 from smaug.data.journal import Journal, bar, printable
@@ -195,7 +195,7 @@ def examine(media: Media, kind: str, frames: int, full: bool, seconds: float) ->
             return Verdict(kind, "", codec, codec, image.width, image.height, 1, 1, 0.0, 1, False, size)
 
     until = time.monotonic() + seconds
-    with _open(media, until) as container:
+    with open_media(media, until) as container:
         stream = video_stream(container)
         index = index_packets(container, stream, until)
         codec = stream.codec_context.codec.canonical_name

@@ -44,14 +44,14 @@ from smaug.data.decode.contract import MAX_PIXELS, MAX_SECONDS
 from smaug.data.decode.pyav import (
     FILTER,
     Index,
-    _check,
-    _matrix,
-    _open,
-    _orientation,
-    _packets,
-    _pixel_aspect,
-    _rate,
+    check_time,
+    colour_matrix,
+    frame_rate,
     index_packets,
+    open_media,
+    orientation,
+    pixel_aspect,
+    read_packets,
     video_stream,
 )
 from smaug.data.decode.threads import Threads
@@ -256,7 +256,7 @@ def _write(media: Media, kind: str, aside: Path, options: ReencodeOptions, until
     written = write_video(media, aside, options.codec, options.short_side, options.gop, options.fps, options.crf, until)
     # FFmpeg buffers what it writes; a disk that was full for a moment is seen in what can be read back.
     try:
-        with _open(aside, until) as container:
+        with open_media(aside, until) as container:
             found = len(index_packets(container, video_stream(container), until).shown)
     except DecodeError as error:
         raise OSError(f"what was written cannot be read back: {error.reason}") from None
@@ -269,12 +269,12 @@ def write_video(
     media: Media, path: Path, codec: str, short_side: int, gop: int, fps: float | None, crf: int | None, until: float
 ) -> int:
     """Frames written. Raises DecodeError for what is wrong with `media`."""
-    with _open(media, until) as source:
+    with open_media(media, until) as source:
         stream = video_stream(source)
         stream.codec_context.thread_count = 1
         index = index_packets(source, stream, until)
-        aspect = _pixel_aspect(stream)
-        rate = max(Fraction(_rate(stream)).limit_denominator(1001), Fraction(1, 1001))
+        aspect = pixel_aspect(stream)
+        rate = max(Fraction(frame_rate(stream)).limit_denominator(1001), Fraction(1, 1001))
         base = stream.time_base if index.timed and stream.time_base is not None else 1 / rate
         tick = max(base, Fraction(1, 10**6 if codec == "h264" else 1000))  # of the output; WebM counts in ms
         first = index.pts[index.shown[0]] if index.timed else 0
@@ -282,7 +282,9 @@ def write_video(
         scaler = VideoReformatter()
         target = encoder = None
         try:
-            for number, frame in enumerate(_decode(stream.codec_context, _packets(media, index, until), index, until)):
+            for number, frame in enumerate(
+                _decode(stream.codec_context, read_packets(media, index, until), index, until)
+            ):
                 shown = frame.pts - first if index.timed and frame.pts is not None and first is not None else number
                 if shown < 0:  # the rest of a group that the recording did not catch
                     continue
@@ -292,7 +294,7 @@ def write_video(
                     if (now := math.floor(float(pts * tick) * fps + 1e-6)) <= slot:
                         continue
                     slot = now
-                turns, mirrored = _orientation(frame)
+                turns, mirrored = orientation(frame)
                 if encoder is None or target is None:
                     height, width = _size(frame, aspect, turns, short_side)
                     target = av.open(f"file:{path}", "w", format="mp4" if codec == "h264" else "webm",
@@ -305,7 +307,7 @@ def write_video(
                 # Through RGB, so that matrix, range and depth are read the way training reads them.
                 long, high = (height, width) if turns % 2 else (width, height)
                 rgb = scaler.reformat(
-                    frame, width=long, height=high, format="rgb24", src_colorspace=_matrix(frame),
+                    frame, width=long, height=high, format="rgb24", src_colorspace=colour_matrix(frame),
                     interpolation=ROUNDED, threads=1,
                 )  # fmt: skip
                 turned = np.rot90(rgb.to_ndarray(), turns)
@@ -332,7 +334,7 @@ def _decode(context: VideoCodecContext, packets: Iterator[Packet], index: Index,
     context.flush_buffers()  # reading the packets has left the container at its end
     begun = False
     for position, packet in enumerate(chain(packets, [None])):
-        _check(until)
+        check_time(until)
         try:
             frames = context.decode(packet)
         except av.FFmpegError:

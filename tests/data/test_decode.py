@@ -29,7 +29,7 @@ SHARED = Path(__file__).resolve().parents[3] / "shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the shared real clips are not at {SHARED}")
 N = 60
 LATER = float("inf")
-VIEW = pyav._View(32, None, False, 1.0)
+VIEW = pyav.View(32, None, False, 1.0)
 
 
 def encode(path: Path, pictures: Sequence[np.ndarray], codec="libx264", pix_fmt="yuv420p", options=None, **container):
@@ -681,7 +681,7 @@ def linear(path: Path, indices: Sequence[int], size: int) -> np.ndarray:
     result = np.zeros((len(indices), size, size, 3), np.uint8)
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        painter = pyav._Painter(result, pyav._View(size, None, False, pyav._pixel_aspect(stream)))
+        painter = pyav._Painter(result, pyav.View(size, None, False, pyav.pixel_aspect(stream)))
         stream.codec_context.thread_count = 1
         for number, frame in enumerate(container.decode(stream)):
             painter.paint(frame, [row for row, index in enumerate(indices) if index == number])

@@ -161,13 +161,18 @@ def test_hidden_frames_of_vp9_are_no_frames(decoder, tmp_path, clip):
 CROPS = (None, Crop(0.4, 1.3, 0.1, 0.8), Crop(1.0, 0.75, 0.5, 0.5), Crop(0.3, 0.8, 1.0, 0.0))
 
 
-@pytest.mark.parametrize("turn", range(4))
+@pytest.mark.parametrize("turn", range(8))
 def test_crops_flips_and_turns_are_the_same(decoder, tmp_path, turn):
     path = encode(tmp_path / "a.mp4", [made.smooth(120, 160)] * 2, "libvpx-vp9", options=VPX)
-    turned = made.turned_copy(path, turn)
+    turned = made.turned_copy(path, turn % 4, mirrored=turn >= 4)
     wants = [video(turned, [1, 0], crop=crop, flip=flip) for crop in CROPS for flip in (False, True)]
     assert_like_pyav(decoder, wants, 64)
     assert_like_pyav(decoder, wants[:3], 150)  # larger than the film
+
+
+def test_a_large_film_that_names_no_matrix_is_bt709(decoder, tmp_path):
+    path = encode(tmp_path / "a.webm", [made.smooth(592, 64)], "libvpx-vp9", options=VPX)
+    assert_like_pyav(decoder, [video(path, [0])], 32)
 
 
 def test_wide_pixels_are_shown_wide(decoder, tmp_path):

@@ -18,7 +18,7 @@ from torch import Tensor
 from smaug.data.decode.contract import MAX_SECONDS, DecodeError, Got, Want
 from smaug.data.decode.images import read_image
 from smaug.data.decode.threads import Threads
-from smaug.data.decode.trim import Piece, Trimmed, trim
+from smaug.data.decode.trim import SAME, WEIGHTS, Piece, Trimmed, recoloured, trim
 
 # FFmpeg's names; DALI 2.4.0 refuses the latter on a CPU.
 CODECS = ("vp8", "vp9", "mjpeg")
@@ -27,11 +27,6 @@ GPU_FORMATS = ("yuv420p", "yuvj420p")  # DALI maps NVDEC's surfaces as 8-bit 4:2
 
 # Of one run: decoded frames are held in RGB before they are resized, and a run that never ends is given up by time.
 MOST_PIECES, MOST_SHOWN, MOST_DECODED = 64, 2**28, 2**31  # the last two in pixels
-
-# DALI takes every stream for BT.601. Weights of red and blue in the luma of others (ITU-T H.273, table 4).
-BT601 = (0.299, 0.114)
-WEIGHTS = {1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}
-SAME = (2, 5, 6)  # unspecified, and the two names of BT.601
 
 
 class DaliDecoder:
@@ -150,7 +145,8 @@ class DaliDecoder:
                 return Got(None, f"damaged: dali decodes {len(part)} of {len(piece.frames)} frames", self.name)
             squares.append(part)
         frames = clip.upright(squares)
-        return Got(_recoloured(frames, clip.matrix) if clip.matrix in WEIGHTS else frames, "", self.name)
+        # DALI takes every stream for BT.601.
+        return Got(recoloured(frames, clip.matrix) if clip.matrix in WEIGHTS else frames, "", self.name)
 
     def close(self) -> None:
         self.threads.close()
@@ -189,21 +185,6 @@ def _chunks(jobs: list[_Job]) -> Iterator[list[_Job]]:
         chunk.append(job)
     if chunk:
         yield chunk
-
-
-def _recoloured(frames: Tensor, matrix: int) -> Tensor:
-    """What BT.601 made of a stream, as its own matrix would have shown it: RGB -> luma and chroma -> RGB.
-
-    Exact but for colours that BT.601 cannot show, very saturated greens and magentas, which DALI has cut at 0 and 255.
-    """
-    back = torch.linalg.inv(_luma_and_chroma(*WEIGHTS[matrix])) @ _luma_and_chroma(*BT601)
-    return (frames.float() @ back.T.to(frames.device)).round_().clamp_(0, 255).byte()
-
-
-def _luma_and_chroma(red: float, blue: float) -> Tensor:
-    luma = torch.tensor([red, 1 - red - blue, blue])
-    r, _, b = torch.eye(3)
-    return torch.stack([luma, (b - luma) / (2 - 2 * blue), (r - luma) / (2 - 2 * red)])
 
 
 def _reason(error: RuntimeError) -> str:

@@ -108,28 +108,28 @@ def read_frames(
     """
     source = Path(source) if isinstance(source, str) else source
     until = time.monotonic() + seconds
-    with _open(source, until) as container:
+    with open_media(source, until) as container:
         stream = video_stream(container)
         context = stream.codec_context
         context.thread_count = threads
         context.thread_type = "NONE" if threads == 1 else "AUTO"
         index = index_packets(container, stream, until)
-        view = _View(size, crop, flip, _pixel_aspect(stream))
+        view = View(size, crop, flip, pixel_aspect(stream))
         wanted = picked(pick, index.times(stream))
         result = _result(out, len(wanted), size)
         if index.timed and _decode_groups(
-            context, _packets(source, index, until), index, wanted, _Painter(result, view), until
+            context, read_packets(source, index, until), index, wanted, _Painter(result, view), until
         ):
             return result
         # Times are missing or were wrong: count what really comes out, and decide again if that is another number.
         for expected in (len(index.shown), None):
             painter = _Painter(result, view)
-            found = _decode_all(context, _packets(source, index, until), index, wanted, painter, until)
+            found = _decode_all(context, read_packets(source, index, until), index, wanted, painter, until)
             if found == 0:
                 raise DecodeError("0 frames can be decoded")
             if found == expected or expected is None:
                 break
-            wanted = picked(pick, np.arange(found) / _rate(stream))
+            wanted = picked(pick, np.arange(found) / frame_rate(stream))
             result = _result(out, len(wanted), size)
     return result
 
@@ -147,13 +147,13 @@ class Index:
     def times(self, stream: VideoStream) -> np.ndarray:
         """Of the shown frames (n,), seconds from the first; evenly spaced where the file has none."""
         if not self.timed or stream.time_base is None:
-            return np.arange(len(self.shown)) / _rate(stream)
+            return np.arange(len(self.shown)) / frame_rate(stream)
         pts = np.array([self.pts[position] for position in self.shown], np.float64)
         return (pts - pts[0]) * float(stream.time_base)
 
 
 @dataclass(frozen=True, slots=True)
-class _View:
+class View:
     """What is shown of every frame of a clip."""
 
     size: int
@@ -184,7 +184,7 @@ class _View:
 class _Painter:
     """Resizes frames into rows of `result` (F, size, size, 3). One a clip: it keeps swscale's tables between frames."""
 
-    def __init__(self, result: np.ndarray, view: _View):
+    def __init__(self, result: np.ndarray, view: View):
         self.result = result
         self.view = view
         self.reformatter = VideoReformatter()
@@ -193,7 +193,7 @@ class _Painter:
     def paint(self, frame: VideoFrame, rows: Sequence[int]) -> None:
         if frame.width * frame.height > MAX_PIXELS:
             raise DecodeError(too_large(frame.width, frame.height))
-        size, (turns, mirrored), matrix = self.view.size, _orientation(frame), _matrix(frame)
+        size, (turns, mirrored), matrix = self.view.size, orientation(frame), colour_matrix(frame)
         height, width, top, left = self.view.place(frame.height, frame.width, turns, mirrored)
         frame, height, width, top, left = self._near(frame, height, width, top, left)
         if width * height > MAX_PIXELS:
@@ -273,7 +273,7 @@ def _halved(pixels: slice, half: int) -> slice:
     return slice(pixels.start >> half, (pixels.stop + half) >> half)
 
 
-def _orientation(frame: VideoFrame) -> tuple[int, bool]:
+def orientation(frame: VideoFrame) -> tuple[int, bool]:
     """How it is turned upright: quarters anticlockwise, as FFmpeg and numpy count, then perhaps left to right."""
     turns = round(frame.rotation / 90) % 4
     sides: Any = frame.side_data  # PyAV's own types do not name this one
@@ -284,13 +284,13 @@ def _orientation(frame: VideoFrame) -> tuple[int, bool]:
     return ((2 - turns) % 4, True) if a * d < b * c else (turns, False)
 
 
-def _matrix(frame: VideoFrame) -> int | None:
+def colour_matrix(frame: VideoFrame) -> int | None:
     """Unsaid, it is BT.709 above the sizes of old television, as players assume; FFmpeg would take BT.601 for all."""
     large = frame.height > 576 or frame.width >= 1280
     return Colorspace.ITU709 if frame.colorspace == UNSPECIFIED and large else None
 
 
-def _open(source: Media, until: float) -> InputContainer:
+def open_media(source: Media, until: float) -> InputContainer:
     """FFmpeg gives up opening, or looking for a packet, when it takes as long as remains `until` then."""
     if reason := media_reason(source):  # first, since a pipe would be waited for
         raise DecodeError(reason)
@@ -330,12 +330,12 @@ def video_stream(container: InputContainer) -> VideoStream:
     return stream
 
 
-def _pixel_aspect(stream: VideoStream) -> float:
+def pixel_aspect(stream: VideoStream) -> float:
     aspect = float(stream.sample_aspect_ratio or 1)
     return aspect if ASPECTS[0] <= aspect <= ASPECTS[1] else 1.0
 
 
-def _rate(stream: VideoStream) -> float:
+def frame_rate(stream: VideoStream) -> float:
     rate = float(stream.guessed_rate or stream.average_rate or 0)  # in AVI the average may count fields
     return rate if rate > 0 else 25.0
 
@@ -353,7 +353,7 @@ def index_packets(container: InputContainer, stream: VideoStream, until: float) 
         if position == MAX_FRAMES:
             raise DecodeError(f"more than {MAX_FRAMES} frames; cut it into clips")
         if position % 256 == 0:
-            _check(until)
+            check_time(until)
         pts.append(packet.pts)
         if packet.is_keyframe:
             keys.append(position)
@@ -391,11 +391,11 @@ def index_packets(container: InputContainer, stream: VideoStream, until: float) 
     return Index(packets if held <= HELD_BYTES else None, pts, keys, shown, timed)
 
 
-def _packets(source: Media, index: Index, until: float) -> Iterator[Packet]:
+def read_packets(source: Media, index: Index, until: float) -> Iterator[Packet]:
     if index.packets is not None:
         yield from index.packets
         return
-    with _open(source, until) as container:
+    with open_media(source, until) as container:
         yield from _demux(container, video_stream(container))
 
 
@@ -423,7 +423,7 @@ def picked(pick: Pick, times: np.ndarray) -> list[int]:
     return wanted
 
 
-def _check(until: float) -> None:
+def check_time(until: float) -> None:
     if time.monotonic() > until:
         raise DecodeError(TOO_LONG)
 
@@ -495,7 +495,7 @@ def _decode_groups(
             break
         if position < start:
             continue
-        _check(until)
+        check_time(until)
         if skips:
             context.skip_frame = "DEFAULT" if packet.pts in rows else "NONREF"
         # At the end of a stretch the decoder is drained: what it holds back for reordering is complete by then.
@@ -535,7 +535,7 @@ def _decode_all(
         return count + len(frames)
 
     for position, packet in enumerate(packets):
-        _check(until)
+        check_time(until)
         try:
             count = paint(context.decode(packet))
         except av.FFmpegError:

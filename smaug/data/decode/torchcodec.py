@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from smaug.data.decode.contract import MAX_PIXELS, MAX_SECONDS, DecodeError, Got, Want
 from smaug.data.decode.images import read_image
 from smaug.data.decode.threads import Threads
-from smaug.data.decode.trim import SECONDS, Trimmed, trim
+from smaug.data.decode.trim import SECONDS, Trimmed, recoloured, trim
 
 
 class TorchcodecDecoder:
@@ -51,6 +51,7 @@ class TorchcodecDecoder:
             if clip.full and not clip.format.startswith("yuvj"):
                 raise DecodeError("torchcodec does not see that its levels go from 0 to 255")
             frames = clip.upright([self._squares(piece.file, piece.frames, clip, size) for piece in clip.pieces])
+            frames = frames if clip.tagged else recoloured(frames, clip.matrix)
             return Got(frames.flip(2) if clip.flip else frames, "", self.name)
         except DecodeError as error:
             return Got(None, error.reason, self.name)

@@ -23,13 +23,29 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from smaug.data.decode.contract import DecodeError, Got, Want
-from smaug.data.decode.pyav import _open, _packets, _pixel_aspect, _View, index_packets, picked, ranges, video_stream
+from smaug.data.decode.pyav import (
+    View,
+    colour_matrix,
+    index_packets,
+    open_media,
+    orientation,
+    picked,
+    pixel_aspect,
+    ranges,
+    read_packets,
+    video_stream,
+)
 from smaug.data.decode.sizes import sizes
 
 SECONDS = 0.04  # from a frame of a small file to the next
 
 # Written by a struct.pack, and one file for all groups: these codecs begin anew at a key frame, H.264 may look back.
 IVF = {"vp8": b"VP80", "vp9": b"VP90", "mjpeg": b"MJPG"}
+
+# Weights of red and blue in luma (ITU-T H.273, table 4).
+BT601 = (0.299, 0.114)
+WEIGHTS = {1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}
+SAME = (2, 5, 6)  # unspecified, and the two names of BT.601
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +60,14 @@ class Piece:
 class Trimmed:
     pieces: list[Piece]
     rows: list[int]  # of each wanted frame its place among the frames of all pieces
-    place: tuple[int, int, int, int]  # `_View.place` of the stored frame
+    place: tuple[int, int, int, int]  # `View.place` of the stored frame
     turns: int  # quarters to turn frames anticlockwise, after that
     flip: bool  # left to right, after that
     height: int
     width: int
     format: str  # of pixels, FFmpeg's name
     matrix: int  # of colours, numbered as in ITU-T H.273
+    tagged: bool  # the stream says its matrix
     full: bool  # luma from 0 to 255
 
     def upright(self, parts: Sequence[Tensor]) -> Tensor:
@@ -63,13 +80,14 @@ class Trimmed:
 
 def trim(want: Want, size: int, seconds: float, check: Callable[[str], None], name: str) -> Trimmed | Got:
     """Got if no frames are wanted. `check` raises DecodeError for a codec, FFmpeg's name, that `name` cannot decode."""
-    with _open(want.media) as container:
+    until = time.monotonic() + seconds
+    with open_media(want.media, until) as container:
         stream = video_stream(container)
         context = stream.codec_context
         context.thread_count, context.thread_type = 1, "NONE"
         codec = context.codec.canonical_name
         check(codec)
-        index = index_packets(container, stream, time.monotonic() + seconds)
+        index = index_packets(container, stream, until)
         if not index.timed:
             raise DecodeError(f"{name} cannot tell its frames apart: not every one has a time")
         pts = [moment or 0 for moment in index.pts]  # None: only of a packet that is not shown
@@ -87,7 +105,11 @@ def trim(want: Want, size: int, seconds: float, check: Callable[[str], None], na
         kept = {position for stretch in stretches for position in stretch}
         if not kept.issuperset(wanted):
             raise DecodeError("damaged: a wanted frame has no key frame before it")
-        packets = {position: packet for position, packet in enumerate(_packets(want.media, index)) if position in kept}
+        packets = {
+            position: packet
+            for position, packet in enumerate(read_packets(want.media, index, until))
+            if position in kept
+        }
         # For what such decoders do not tell: the turn, and how colours are stored; 1 of 45 ms a clip.
         looks = stretches[:1] if codec in IVF else stretches
         keys = [_key_frame(context, packets[stretch[0]], name) for stretch in looks]
@@ -111,20 +133,36 @@ def trim(want: Want, size: int, seconds: float, check: Callable[[str], None], na
             pieces.append(Piece(file, frames, [n - bisect_left(hidden, n) for n in frames], len(stretch)))
             order += these
         rows = {position: row for row, position in enumerate(order)}
-        view = _View(size, want.crop, want.flip, _pixel_aspect(stream))
-        turns = round(frame.rotation / 90) % 4
+        view = View(size, want.crop, want.flip, pixel_aspect(stream))
+        turns, mirrored = orientation(frame)
     return Trimmed(
         pieces,
         [rows[position] for position in wanted],
-        view.place(frame.height, frame.width, turns),
+        view.place(frame.height, frame.width, turns, mirrored),
         turns,
-        want.flip,
+        want.flip != mirrored,
         frame.height,
         frame.width,
         frame.format.name,
-        int(frame.colorspace),
+        int(colour_matrix(frame) or frame.colorspace),
+        colour_matrix(frame) is None,
         frame.color_range == 2,
     )
+
+
+def recoloured(frames: Tensor, matrix: int) -> Tensor:
+    """What BT.601 made of a stream, as its own matrix would have shown it: RGB -> luma and chroma -> RGB.
+
+    Exact but for colours that BT.601 cannot show, very saturated greens and magentas, which were cut at 0 and 255.
+    """
+    back = torch.linalg.inv(_luma_and_chroma(*WEIGHTS[matrix])) @ _luma_and_chroma(*BT601)
+    return (frames.float() @ back.T.to(frames.device)).round_().clamp_(0, 255).byte()
+
+
+def _luma_and_chroma(red: float, blue: float) -> Tensor:
+    luma = torch.tensor([red, 1 - red - blue, blue])
+    r, _, b = torch.eye(3)
+    return torch.stack([luma, (b - luma) / (2 - 2 * blue), (r - luma) / (2 - 2 * red)])
 
 
 def _key_frame(context: VideoCodecContext, packet: Packet, name: str) -> VideoFrame:
