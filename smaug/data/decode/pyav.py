@@ -488,7 +488,7 @@ def _decode_groups(
     stretches = iter(found)
     # An unwanted frame of H.264 that no other refers to need not be decoded: half the work where B-frames are many.
     # Only H.264 marks them exactly; in HEVC the mark holds within one temporal layer.
-    skips = context.name == "h264"
+    skips, skipping = context.name == "h264", False
     start, end = next(stretches, (0, -1))
     for position, packet in enumerate(packets):
         if not rows:
@@ -496,8 +496,8 @@ def _decode_groups(
         if position < start:
             continue
         check_time(until)
-        if skips:
-            context.skip_frame = "DEFAULT" if packet.pts in rows else "NONREF"
+        if skips and (needed := packet.pts in rows) == skipping:
+            context.skip_frame, skipping = ("DEFAULT", False) if needed else ("NONREF", True)
         # At the end of a stretch the decoder is drained: what it holds back for reordering is complete by then.
         for data in (packet, None) if position == end else (packet,):
             try:
