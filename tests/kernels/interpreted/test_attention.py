@@ -137,7 +137,7 @@ def test_any_lengths(data):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["self", "a segment twice"])
+@pytest.mark.parametrize(("case", "copies"), [("self", 80), ("a segment twice", 80), ("self", 90)], indirect=["copies"])
 def test_tail_is_zero_and_programs_do_not_depend_on_each_other(case, copies, in_every_order):
     inputs, *rest = _make(case, torch.float16)
     o, lse, scores, dq, dk, dv, _, dkey = in_every_order(lambda: _launchers(inputs, *rest, "mean"))
