@@ -288,7 +288,8 @@ def _tell(report: dict[str, Any], good: Sequence[Verdict], options: CheckOptions
     if report["missing_captions"]:
         line("captions", f"{report['missing_captions']} files have none; training leaves them out")
     if report["ignored"]:
-        line("ignored", f"{report['ignored']} files that are no media by their names")
+        names = ", ".join([*map(printable, report["ignored"][:3]), *["..."][: len(report["ignored"]) - 3]])
+        line("ignored", f"{len(report['ignored'])} files that are no media by their names: {names}")
     for skip in report["bad"][:SHOWN]:
         line("bad", f"{printable(skip['name'])}: {printable(skip['reason'])}", "red")
     if (more := len(report["bad"]) - SHOWN) > 0:

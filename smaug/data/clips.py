@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +46,7 @@ class DataConfig:
     cache: bool = True  # read the embedded set from its decoded map; without it every clip is decoded live
     max_bad: float = 0.05  # share of unusable files above which a run stops
     vocabulary: int = 8192  # word pieces at most
-    workers: int = 2  # decoding threads
+    workers: int = 0  # decoding threads; 0: one a core
     clip_seconds: float = MAX_SECONDS  # a clip that takes longer to decode is skipped
 
 
@@ -118,7 +119,7 @@ def open_manifest(paths: Sequence[Path], config: DataConfig, size: int, device: 
 
 
 def _decoder(config: DataConfig, device: torch.device) -> Decoder:
-    return open_decoder(config.decoder, device, config.workers, config.clip_seconds)
+    return open_decoder(config.decoder, device, config.workers or os.cpu_count() or 1, config.clip_seconds)
 
 
 def check_share(bad: Sequence[Skip], total: int, limit: float) -> None:

@@ -27,7 +27,7 @@ class Listing:
     samples: list[Sample] = field(default_factory=list)  # captions are () where there are none
     bad: list[Skip] = field(default_factory=list)  # rows that name no file, members that are refused
     missing: int = 0  # files without a caption
-    ignored: int = 0  # files of folders that are no media by their names
+    ignored: list[str] = field(default_factory=list)  # files of folders that are no media by their names
 
 
 def list_files(paths: Sequence[Path], root: Path | None, video: str, image: str, caption: str) -> Listing:
@@ -87,7 +87,7 @@ def _folder(top: Path, found: Listing) -> list[Sample]:
                 samples.append(Sample(path, kind, captions.get(path, ()), str(path.relative_to(top))))
                 names.add(os.fsencode(samples[-1].name).decode("utf-8", "backslashreplace"))  # as a Skip has it
             elif not name.lower().endswith((*SIDECARS, "_stats.json")):
-                found.ignored += 1
+                found.ignored.append(str(path.relative_to(top)))
     _keep([skip for skip in skips if skip.name not in names], found)
     return samples + [sample for sample in captioned if not isinstance(sample.path, Path)]
 

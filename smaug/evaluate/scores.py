@@ -79,6 +79,8 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
             f"{waited:.1%} of the training waiting for data) on {result['machine']}",
             highlight=False,
         )
+        if waited > 0.05:
+            console.print("decoding is what it waits for: `python -m smaug.data check` says what would make it cheaper")
         console.print(
             f"{result['tokens_computed'] / 1e6:.1f} M tokens computed; a dense model would have computed "
             f"{result['tokens_dense'] / 1e6:.1f} M ({share:.0%})",

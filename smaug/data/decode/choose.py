@@ -19,7 +19,7 @@ def open_decoder(choice: Choice, device: torch.device, workers: int = 2, seconds
     """Frames come out on `device`. ValueError, with what to install, if a decoder that was asked for cannot be had.
 
     auto: on a GPU dali where it is installed, and pyav for each clip that dali cannot read; on a CPU pyav, the
-    fastest there in all that benchmarks/bench_data.py measures.
+    fastest there for H.264 (benchmarks/bench_data.py).
     """
     if choice == "dali" or (choice == "auto" and device.type == "cuda" and _has_dali()):
         from smaug.data.decode.dali import DaliDecoder
