@@ -41,6 +41,7 @@ FRAMES = 16
 RATE = 8  # frames a second
 SPLITS = ("train", "val", "test")
 VERSION = 3  # raise it whenever a clip or a caption would come out differently
+DECODED = 2  # raise it whenever the decoder would give other pixels: maps in caches are then made anew
 
 COLOURS = {
     "red": (225, 35, 35),
@@ -300,7 +301,7 @@ def decoded(folder: Path, split: str, size: int, report: Report = lambda what, d
     path, sums = folder / f"frames-{size}-{split}.u8", folder / f"frames-{size}-{split}.json"
     if path.exists() and sums.exists() and path.stat().st_size == math.prod(shape):
         frames = np.memmap(path, np.uint8, "r", shape=shape)
-        if sums.read_text() == json.dumps({"crc32": zlib.crc32(frames.data)}):
+        if sums.read_text() == _map_sums(frames):
             return frames
     checksums = json.loads((folder / "checksums.json").read_text())
 
@@ -320,13 +321,17 @@ def decoded(folder: Path, split: str, size: int, report: Report = lambda what, d
             pass
         frames.flush()
         # The checksum is written first: a map without one is not trusted, nor is one that differs from it.
-        sums_aside.write_text(json.dumps({"crc32": zlib.crc32(frames.data)}))
+        sums_aside.write_text(_map_sums(frames))
         os.replace(sums_aside, sums)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
         sums_aside.unlink(missing_ok=True)
     return np.memmap(path, np.uint8, "r", shape=shape)
+
+
+def _map_sums(frames: np.ndarray) -> str:
+    return json.dumps({"crc32": zlib.crc32(frames.data), "decoded": DECODED})
 
 
 def _in_threads(work: Callable[[Any], Any], items: list[Any], what: str, report: Report) -> Iterator[Any]:

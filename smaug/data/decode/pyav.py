@@ -52,6 +52,11 @@ UNSPECIFIED = 2  # matrix of a frame whose file does not say
 # swscale without FULL_CHR_H_INT goes through a table that darkens limited-range video by 1.5 levels of 255.
 FILTER = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 
+COMMON = {
+    "yuv420p": "yuv444p",
+    "yuvj420p": "yuvj444p",
+}  # 8 bits and a quarter of the chroma, and the same with all of it
+
 
 class PyavDecoder:
     """Clips in threads, one clip a thread. Frames are in host memory."""
@@ -187,7 +192,7 @@ class _Painter:
     def __init__(self, result: np.ndarray, view: View):
         self.result = result
         self.view = view
-        self.reformatter = VideoReformatter()
+        self.resize, self.colour = VideoReformatter(), VideoReformatter()
         self.part: VideoFrame | None = None  # reused for every frame of the clip
 
     def paint(self, frame: VideoFrame, rows: Sequence[int]) -> None:
@@ -199,15 +204,13 @@ class _Painter:
         if width * height > MAX_PIXELS:
             raise DecodeError(f"a frame of {frame.width} x {frame.height} is too long and thin")
         try:
-            rgb = self.reformatter.reformat(
-                frame,
-                width=width,
-                height=height,
-                format="rgb24",
-                src_colorspace=matrix,
-                interpolation=FILTER,
-                threads=1,
-            )
+            how = {"width": width, "height": height, "interpolation": FILTER, "threads": 1}
+            if frame.format.name in COMMON and not frame.interlaced_frame:
+                # In two passes: swscale has vector instructions to resize planes, but none to resize into RGB.
+                planes = self.resize.reformat(frame, format=COMMON[frame.format.name], **how)
+                planes.colorspace, planes.color_range = frame.colorspace, frame.color_range
+                frame = planes
+            rgb = self.colour.reformat(frame, format="rgb24", src_colorspace=matrix, **how)
         except (av.FFmpegError, ValueError) as error:
             raise DecodeError(f"pixel format {frame.format.name} cannot be converted: {_strerror(error)}") from None
         plane = rgb.planes[0]
@@ -226,7 +229,7 @@ class _Painter:
         most of it. To scale the rest, for nothing, is half of the work for the middle square of a wide film."""
         whole = frame, height, width, top, left
         # Not of interlaced frames: swscale works on their fields.
-        if frame.format.name not in ("yuv420p", "yuvj420p") or frame.interlaced_frame:
+        if frame.format.name not in COMMON or frame.interlaced_frame:
             return whole
         size = self.view.size
         rows, high, top = _span(top, size, height, frame.height)
