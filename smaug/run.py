@@ -91,7 +91,9 @@ def open_split(recipe: Recipe, split: str, console: Console, device: torch.devic
         own = split != "train" and data.eval_manifest
         clips = open_manifest(data.eval_manifest if own else data.manifest, data, size, device)
         videos = sum(s.kind == "video" for s in clips.samples)
-        what = f"{clips.name}, {videos} videos and {len(clips) - videos} images"
+        what = f"{clips.name}, {videos} videos and {len(clips) - videos} images; decoder {clips.decoder.name}"
+        if clips.skipped:
+            what += f"; {len(clips.skipped)} left out, such as {clips.skipped[0].name}: {clips.skipped[0].reason}"
         if split != "train" and not own:
             what += "; these are training pairs, since no --data.eval-manifest was given"
     else:

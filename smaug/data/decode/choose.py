@@ -43,10 +43,9 @@ def _has_dali() -> bool:
 class Second:
     """Asks another decoder about the clips that the first cannot decode; the other's word is the last."""
 
-    name = "auto"
-
     def __init__(self, first: Decoder, other: Decoder):
         self.first, self.other = first, other
+        self.name = f"{first.name}, else {other.name}"
 
     def decode(self, wants: Sequence[Want], size: int) -> list[Got]:
         got = self.first.decode(wants, size)
