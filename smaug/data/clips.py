@@ -92,6 +92,7 @@ def open_shapes(split: str, config: DataConfig, size: int, report: shapes.Report
         size=size,
         decoder=_decoder(config, device),
         frames=shapes.decoded(folder, split, size, report) if config.cache else None,
+        sampler=config.sampler,
         subsets={"new_combinations": np.array([r["new_combination"] for r in rows])} if split != "train" else {},
     )
 

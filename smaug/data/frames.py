@@ -21,7 +21,7 @@ Pick = Callable[[np.ndarray], Sequence[int]]  # times of the frames (n,), n > 0,
 class FrameSampler:
     """Which frames of a video are trained on; an evaluation takes the middle of whatever is random here."""
 
-    kind: Literal["segments", "head_tail", "clips", "fps", "multi_resolution"] = "segments"
+    kind: Literal["random", "middle", "head_tail", "clips", "fps", "multi_resolution"] = "random"
     fps: float = 2.0  # frames a second, of `fps`
     stride: int = 1  # frames from one to the next inside a clip, of `clips`
     clips: int = 2  # evenly spaced clips, of `clips`; it divides the number of frames
@@ -30,7 +30,7 @@ class FrameSampler:
     def pick(self, frames: int, view: int = 1, rng: np.random.Generator | None = None) -> Pick:
         """F = `frames` indices; with `rng` at random, else the middle ones; `view` of them together, see `in_views`.
 
-        segments: one frame of each of F equal intervals (TSN, Wang et al. 2016; Singularity).
+        random: one frame of each of F equal intervals (TSN, Wang et al. 2016; Singularity); middle: always its middle.
         head_tail: half of the frames from the first half of the clip, half from the second, without repeats where there
         are enough (ALPRO, Li et al. 2022).
         clips: `clips` runs of frames `stride` apart, evenly spaced. fps: frames at `fps` from some moment on; a short
@@ -39,12 +39,12 @@ class FrameSampler:
         """
         if self.kind == "clips" and frames % self.clips:
             raise ValueError(f"{frames} frames cannot be shared among {self.clips} clips; change --data.sampler.clips")
-        draws = rng.random(frames + 1) if rng is not None else None
+        draws = rng.random(frames + 1) if rng is not None and self.kind != "middle" else None
         middle = np.full(frames + 1, 0.5) if draws is None else draws
 
         def pick(times: np.ndarray) -> list[int]:
             n = len(times)
-            if self.kind == "segments":
+            if self.kind in ("random", "middle"):
                 chosen = middle_segments(n, frames) if draws is None else random_segments(n, frames, draws[:frames])
                 return in_views(chosen, view)
             if self.kind == "head_tail":

@@ -18,7 +18,7 @@ from smaug.data.frames import (
     uniform_clips,
 )
 
-KINDS = ("segments", "head_tail", "clips", "fps", "multi_resolution")
+KINDS = ("random", "middle", "head_tail", "clips", "fps", "multi_resolution")
 
 
 @given(
@@ -34,8 +34,12 @@ def test_every_sampler_gives_frames_of_the_clip(kind, n, frames, seed):
     chosen = pick(np.arange(n) / 25)
     assert len(chosen) == frames and all(0 <= i < n for i in chosen)
     assert chosen == pick(np.arange(n) / 25)  # asked again, as when a file had promised another number of frames
-    if kind in ("segments", "head_tail", "fps"):
+    if kind in ("random", "middle", "head_tail", "fps"):
         assert chosen == sorted(chosen)
+
+
+def test_middle_is_not_drawn():
+    assert FrameSampler("middle").pick(4, rng=np.random.default_rng(3))(np.arange(12)) == [1, 4, 7, 10]
 
 
 def test_head_tail():
