@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,7 +29,9 @@ import smaug
 from smaug import checkpoint, device
 from smaug import recipe as recipes
 from smaug.data.clips import Clips
+from smaug.data.journal import printable
 from smaug.data.loader import Batch, Loader
+from smaug.data.manifest import Skip
 from smaug.data.shapes import DamagedError
 from smaug.data.text import train_tokenizer
 from smaug.evaluate.scores import evaluate, print_result
@@ -176,12 +178,10 @@ def run(options: Options, size: str, command: str) -> int:
     if loader.size < recipe.data.batch:
         console.print(f"batch is {loader.size}, since there are no more clips", highlight=False)
     loop = Loop(options, folder, console, way, model, optimizer, loader, totals, began)
-    finished = loop.train(steps)
-    skipped = [f"{skip.name}: {skip.reason}" for skip in (*clips.skipped, *loader.skipped.values())]
-    for line in skipped:
-        console.print(f"skipped {line}", style="yellow", highlight=False, soft_wrap=True)
-    if skipped:
-        write(folder / "skipped.txt", "".join(line + "\n" for line in skipped))
+    try:
+        finished = loop.train(steps)
+    finally:  # a run that too many bad files end names all of them, too
+        skipped = _name_skipped(console, folder / "skipped.txt", [*clips.skipped, *loader.skipped.values()])
     if not finished:
         console.print(f"stopped at step {totals['step']:.0f} and saved; go on with:", highlight=False)
         console.print(
@@ -202,6 +202,17 @@ def run(options: Options, size: str, command: str) -> int:
     write(folder / "result.json", json.dumps(result, indent=2))
     print_result(console, result)
     return 0
+
+
+def _name_skipped(console: Console, path: Path, skips: Sequence[Skip]) -> list[str]:
+    """Tells what was skipped, and keeps it beside what the run had met before it was resumed; a line each."""
+    lines = [printable(f"{skip.name}: {skip.reason}") for skip in skips]
+    for line in lines:
+        console.print(f"skipped {line}", style="yellow", highlight=False, soft_wrap=True)
+    known = list(dict.fromkeys([*(path.read_text().splitlines() if path.exists() else []), *lines]))
+    if known:
+        write(path, "".join(line + "\n" for line in known))
+    return known
 
 
 def _tokenizer(folder: Path, clips: Clips, recipe: Recipe, resume: bool) -> Tokenizer:

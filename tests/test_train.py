@@ -18,8 +18,10 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from smaug import train
+from smaug.data.manifest import Skip
 from smaug.evaluate import __main__ as evaluate
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
@@ -284,6 +286,15 @@ def own(tmp_path):
     return tmp_path
 
 
+def test_skipped_files_stay_named_when_a_run_goes_on(tmp_path):
+    path, console = tmp_path / "skipped.txt", Console(quiet=True)
+    assert train._name_skipped(console, path, []) == [] and not path.exists()
+    # a name from JSON may hold what is no character, and one from a disk a new line
+    train._name_skipped(console, path, [Skip("\udce9.mp4", "0 bytes"), Skip("a\nb.mp4", "0 bytes")])
+    both = train._name_skipped(console, path, [Skip("c.mp4", "0 bytes"), Skip("a\nb.mp4", "0 bytes")])
+    assert both == path.read_text().splitlines() == ["\\udce9.mp4: 0 bytes", "a\\nb.mp4: 0 bytes", "c.mp4: 0 bytes"]
+
+
 def test_own_videos_and_images(call, own):
     flags = [*SMALL, "--data.manifest", "clips.csv", "stills.csv", "--data.root", own, "--data.batch", "8"]
     with open("clips.csv", "a") as f:
@@ -292,6 +303,7 @@ def test_own_videos_and_images(call, own):
     assert code == 1 and err.startswith("smaug: ") and err.count("\n") == 1
     assert re.search(r"2 of 24 files cannot be used, more than the 5% that --data.max-bad allows", err)
     assert "gone[/y].mp4: file not found" in err and "bad [x].mp4: " in err
+    assert len(Path("strict/skipped.txt").read_text().splitlines()) == 2  # all of them, where the message has three
 
     code, out, err = call(train.main, "mac", *flags, "--data.max-bad", "0.1", "--run-dir", "run", "--optim.steps", "6")
     assert code == 0, err

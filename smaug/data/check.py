@@ -91,6 +91,8 @@ def check(options: CheckOptions, console: Console) -> int:
     for path in (None if to_stdout else options.json, sheet):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path} cannot be written: there is no folder {path.parent}")
+        if path is not None and path.is_dir():
+            raise ValueError(f"{path} is a folder; name the file to write in it")
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise ValueError(f"--sheet {sheet}: the name of the picture must end in .png")
 
@@ -114,7 +116,10 @@ def check(options: CheckOptions, console: Console) -> int:
     if to_stdout:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
     elif options.json is not None:
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        try:
+            options.json.write_text(json.dumps(report, indent=1) + "\n")
+        except OSError as error:
+            raise OSError(f"{options.json} cannot be written: {error.strerror or error}") from None
         console.print(f"{'report':<11}{options.json}", highlight=False, soft_wrap=True)
     return int(options.strict and bool(bad))
 

@@ -49,6 +49,16 @@ class DataConfig:
     workers: int = 0  # decoding threads; 0: one a core
     clip_seconds: float = MAX_SECONDS  # a clip that takes longer to decode is skipped
 
+    def __post_init__(self) -> None:
+        if not self.manifest and (self.format or self.root or self.eval_manifest):
+            raise ValueError("--data.format, --data.root and --data.eval-manifest need a --data.manifest to train on")
+        if not all(number > 0 for number in (self.batch, self.workers, self.clip_seconds)):  # also of nan
+            raise ValueError("--data.batch, --data.workers and --data.clip-seconds must be above 0")
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"--data.max-bad {self.max_bad:g} is no share of the files; it is between 0 and 1")
+        if self.crop is not None and not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise ValueError("--data.crop takes two shares of a frame, above 0, at most 1, the smaller first")
+
 
 @dataclass
 class Clips:
@@ -107,7 +117,7 @@ def open_manifest(paths: Sequence[Path], config: DataConfig, size: int, device: 
         samples = read_source(paths, config.root, *columns, skipped=skipped)
     total = len(samples)
     samples, missing = check_files(samples)
-    check_share(missing, total, config.max_bad)
+    check_share([*skipped, *missing], total + len(skipped), config.max_bad)
     return Clips(
         source_name(paths),
         samples,
@@ -123,11 +133,12 @@ def _decoder(config: DataConfig, device: torch.device) -> Decoder:
     return open_decoder(config.decoder, device, config.workers or os.cpu_count() or 1, config.clip_seconds)
 
 
-def check_share(bad: Sequence[Skip], total: int, limit: float) -> None:
-    """Raises ManifestError when more than `limit` of all files is unusable."""
+def check_share(bad: Sequence[Skip], total: int, limit: float, decoder: str = "auto") -> None:
+    """Raises ManifestError when more than `limit` of all files is unusable; `decoder` is the one that was asked for."""
     if len(bad) > limit * total:
+        other = "" if decoder in ("auto", "pyav") else f"{decoder} does not read all kinds: try --data.decoder auto. "
         examples = "; ".join(f"{skip.name}: {skip.reason}" for skip in bad[:3])
         raise ManifestError(
             f"{len(bad)} of {total} files cannot be used, more than the {limit:.0%} that --data.max-bad allows. "
-            f"For example {examples}. Mend or remove them, or raise --data.max-bad."
+            f"For example {examples}. {other}Mend or remove them, or raise --data.max-bad."
         )

@@ -24,9 +24,9 @@ from typing import Annotated
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from smaug.data.decode import Decoder, Want, open_decoder
+from smaug.data.journal import bar
 from smaug.data.manifest import ManifestError, Sample, Skip, check_files
 from smaug.data.media import Member, kind_of, read_bytes
 from smaug.data.source import read_source, source_name
@@ -82,7 +82,7 @@ def convert(options: ConvertOptions, console: Console) -> int:
     finished = 0
     decoder = open_decoder("pyav", torch.device("cpu"), options.workers)
     try:
-        with _claimed(options.out, _fingerprint(samples, options.per_shard)), _progress(console) as bars:
+        with _claimed(options.out, _fingerprint(samples, options.per_shard)), bar(lambda: "") as bars:
             task = bars.add_task("samples", total=len(samples))
             for number, members in enumerate(shards):
                 tar, stats = options.out / f"{number:05d}.tar", options.out / f"{number:05d}_stats.json"
@@ -233,10 +233,3 @@ def _write(path: Path, text: str) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=console, disable=not console.is_terminal,
-    )  # fmt: skip

@@ -27,6 +27,12 @@ class FrameSampler:
     clips: int = 2  # evenly spaced clips, of `clips`; it divides the number of frames
     share: float = 0.25  # of the clip's length that the short view sees, of `multi_resolution`
 
+    def __post_init__(self) -> None:
+        if not all(number > 0 for number in (self.fps, self.stride, self.clips)):
+            raise ValueError("--data.sampler.fps, --data.sampler.stride and --data.sampler.clips must be above 0")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"--data.sampler.share {self.share:g} is no share of a clip; it is above 0 and at most 1")
+
     def pick(self, frames: int, view: int = 1, rng: np.random.Generator | None = None) -> Pick:
         """F = `frames` indices; with `rng` at random, else the middle ones; `view` of them together, see `in_views`.
 

@@ -99,17 +99,19 @@ def _rows(path: Path, found: Listing, root: Path | None, columns: tuple[str, str
         samples = _captioned(path, skips)
     else:
         samples = read_manifest([path], root, *columns, skipped=skips)
-        uncaptioned = [skip for skip in skips if skip.reason.endswith(f": empty {columns[2]}")]
-        samples += [
-            Sample(file := (root or path.parent) / skip.name, _kind(file) or "video", (), skip.name)
-            for skip in uncaptioned
-        ]
-        skips = [skip for skip in skips if skip not in uncaptioned]
+        others = []
+        for skip in skips:
+            if skip.reason.endswith(f": empty {columns[2]}"):
+                file = (root or path.parent) / skip.name
+                samples.append(Sample(file, _kind(file) or "video", (), skip.name))
+            else:
+                others.append(skip)
+        skips = others
     _keep(skips, found)
     return samples
 
 
 def _keep(skips: list[Skip], found: Listing) -> None:
-    uncaptioned = [skip for skip in skips if "no caption" in skip.reason]  # members of shards
-    found.missing += len(uncaptioned)
-    found.bad += [skip for skip in skips if skip not in uncaptioned]
+    bad = [skip for skip in skips if "no caption" not in skip.reason]  # of which members of shards are no fault
+    found.missing += len(skips) - len(bad)
+    found.bad += bad

@@ -106,7 +106,6 @@ class Loader:
         self.size = min(config.batch, *(len(numbers) for numbers in self.kinds))
         if self.size % ranks:
             raise ValueError(f"a batch of {self.size} pairs cannot be shared equally by {ranks} processes")
-        self.batches_per_epoch = len(clips) // self.size
         self.skipped: dict[int, Skip] = {}
         self.cls = text.number(tokenizer, text.CLS)
         self.mask = text.number(tokenizer, text.MASK)
@@ -212,7 +211,8 @@ class Loader:
                 else:
                     found[place] = number, one.frames
             everything = [*self.clips.skipped, *self.skipped.values()]
-            check_share(everything, len(self.clips) + len(self.clips.skipped), self.config.max_bad)
+            total = len(self.clips) + len(self.clips.skipped)
+            check_share(everything, total, self.config.max_bad, self.config.decoder)
         return [found[place] for place in places]
 
     def _candidate(self, order: np.ndarray, place: int, tries: dict[int, int]) -> int:

@@ -220,10 +220,9 @@ def _jsonl_rows(manifest: Path, columns: tuple[str, str, str]) -> Iterator[tuple
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ManifestError(
-                    f"{manifest}:{number}: not JSON ({error.msg} at column {error.colno}); write one object a line."
-                ) from None
+            except ValueError as error:  # a JSONDecodeError, or a number of thousands of digits
+                reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                raise ManifestError(f"{manifest}:{number}: not JSON ({reason}); write one object a line.") from None
             except RecursionError:
                 raise ManifestError(f"{manifest}:{number}: nested too deeply; write one flat object a line.") from None
             if not isinstance(row, dict):

@@ -114,6 +114,8 @@ def reencode(options: ReencodeOptions, console: Console) -> int:
         options.source, options.root, options.video_column, options.image_column, options.caption_column
     )
     record = out / ".reencoded.jsonl"
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a new folder")
     if out.exists() and not record.exists() and any(out.iterdir()):
         raise ValueError(f"--out {out} holds other files; name a new folder, or the one of an earlier reencode")
     out.mkdir(parents=True, exist_ok=True)
@@ -294,7 +296,7 @@ def write_video(
                     if (now := math.floor(float(pts * tick) * fps + 1e-6)) <= slot:
                         continue
                     slot = now
-                turns, mirrored = orientation(frame)
+                turns, mirrored = orientation(frame, stream.codec_context.name)
                 if encoder is None or target is None:
                     height, width = _size(frame, aspect, turns, short_side)
                     target = av.open(f"file:{path}", "w", format="mp4" if codec == "h264" else "webm",

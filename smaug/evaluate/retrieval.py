@@ -101,7 +101,7 @@ def _encode_videos(
             clips, range(start, min(start + BATCH, total)), frames, view=config.view, shuffle=shuffle
         )
         skipped += bad
-        check_share(skipped, total, max_bad)
+        check_share(skipped, total, max_bad, clips.decoder.name)
         for group in groups:
             everything = torch.arange(math.prod(config.grid(group.video.shape[1])), dtype=torch.int32)
             ids = everything.expand(len(group.video), -1).to(device)

@@ -1,5 +1,6 @@
 """Sets of clips: the embedded one, mapped or live, and one's own, with what is wrong about them."""
 
+import math
 import shutil
 
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 from smaug.data import shapes
 from smaug.data.clips import DataConfig, check_share, open_manifest, open_shapes
-from smaug.data.frames import every_frame, middle_segments
+from smaug.data.frames import FrameSampler, every_frame, middle_segments
 from smaug.data.manifest import ManifestError, Skip
 
 SMALL = DataConfig(shapes=(64, 16, 16))
@@ -61,7 +62,7 @@ def test_a_manifest_of_videos_and_images(tmp_path, shapes_cache):
     (tmp_path / "a.webm").write_bytes(b"nothing")
     (bad,) = clips.read((0,), [(every_frame, None, False)])
     assert (bad.frames, bad.reason, bad.decoder) == (None, "not a media file", "pyav")
-    with pytest.raises(ManifestError, match=r"1 of 3 files cannot be used, .* the 10% .* empty\.webm: 0 bytes"):
+    with pytest.raises(ManifestError, match=r"2 of 4 files cannot be used, .* the 10% .* empty\.webm: 0 bytes"):
         open_manifest([tmp_path / "m.csv"], DataConfig(max_bad=0.1), 32)
 
 
@@ -73,3 +74,24 @@ def test_the_share_of_bad_files():
         check_share(bad, 99, 0.05)
     assert "5 of 99 files" in str(error.value) and "--data.max-bad" in str(error.value)
     assert "2.mp4: 0 bytes" in str(error.value) and "3.mp4" not in str(error.value)
+    assert "--data.decoder" not in str(error.value)
+    with pytest.raises(ManifestError, match=r"dali does not read all kinds: try --data\.decoder auto"):
+        check_share(bad, 5, 0.05, "dali")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch": 0}, {"workers": 0}, {"clip_seconds": 0.0}, {"clip_seconds": math.nan}, {"max_bad": -1.0},
+        {"max_bad": 5.0}, {"crop": (0.0, 0.0)}, {"crop": (1.0, 0.5)}, {"crop": (0.5, 3.0)}, {"format": "msrvtt"},
+    ],
+)  # fmt: skip
+def test_fields_out_of_range_are_refused_before_a_run_begins(wrong):
+    with pytest.raises(ValueError, match=f"--data.{next(iter(wrong)).replace('_', '-')}"):
+        DataConfig(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"fps": 0.0}, {"stride": -1}, {"clips": 0}, {"share": 0.0}, {"share": 3.0}])
+def test_a_sampler_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"--data.sampler.{next(iter(wrong))}"):
+        FrameSampler(**wrong)

@@ -152,6 +152,7 @@ def test_rows_that_cannot_be_used_are_told(tmp_path):
             "have 'clip', 'caption'; perhaps --data.video-column clip",
         ),
         ("m.jsonl", '{"video": "a", "caption": "b"}\n{"video": "a",\n', r"m.jsonl:2: not JSON \(.* at column"),
+        ("m.jsonl", '{"video": "a", "n": 1' + 5000 * "0" + "}\n", r"m.jsonl:1: not JSON \(Exceeds"),
         ("m.jsonl", '[{"video": "a", "caption": "b"}]\n', "m.jsonl:1: a list where an object is needed"),
         ("m.jsonl", "[" * 100_000, "m.jsonl:1: nested too deeply"),
         ("m.csv", b"video,caption\na.mp4,x\nb.mp4,\xe9t\xe9\n", "line 3, is not UTF-8; .* iconv"),

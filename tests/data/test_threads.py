@@ -15,6 +15,11 @@ def test_results_come_in_order_whatever_takes_longer():
     threads.close()
 
 
+def test_no_threads_would_wait_for_ever():
+    with pytest.raises(ValueError, match="0 threads decode nothing"):
+        Threads(0, 10)
+
+
 def test_errors_reach_who_asked_and_the_threads_go_on():
     threads = Threads(2, 10)
     with pytest.raises(ZeroDivisionError):

@@ -123,12 +123,12 @@ def read_frames(
         wanted = picked(pick, index.times(stream))
         result = _result(out, len(wanted), size)
         if index.timed and _decode_groups(
-            context, read_packets(source, index, until), index, wanted, _Painter(result, view), until
+            context, read_packets(source, index, until), index, wanted, _Painter(result, view, context.name), until
         ):
             return result
         # Times are missing or were wrong: count what really comes out, and decide again if that is another number.
         for expected in (len(index.shown), None):
-            painter = _Painter(result, view)
+            painter = _Painter(result, view, context.name)
             found = _decode_all(context, read_packets(source, index, until), index, wanted, painter, until)
             if found == 0:
                 raise DecodeError("0 frames can be decoded")
@@ -189,8 +189,8 @@ class View:
 class _Painter:
     """Resizes frames into rows of `result` (F, size, size, 3). One a clip: it keeps swscale's tables between frames."""
 
-    def __init__(self, result: np.ndarray, view: View):
-        self.result = result
+    def __init__(self, result: np.ndarray, view: View, codec: str):
+        self.result, self.codec = result, codec
         self.view = view
         self.resize, self.colour = VideoReformatter(), VideoReformatter()
         self.part: VideoFrame | None = None  # reused for every frame of the clip
@@ -198,7 +198,7 @@ class _Painter:
     def paint(self, frame: VideoFrame, rows: Sequence[int]) -> None:
         if frame.width * frame.height > MAX_PIXELS:
             raise DecodeError(too_large(frame.width, frame.height))
-        size, (turns, mirrored), matrix = self.view.size, orientation(frame), colour_matrix(frame)
+        size, (turns, mirrored), matrix = self.view.size, orientation(frame, self.codec), colour_matrix(frame)
         height, width, top, left = self.view.place(frame.height, frame.width, turns, mirrored)
         frame, height, width, top, left = self._near(frame, height, width, top, left)
         if width * height > MAX_PIXELS:
@@ -276,9 +276,12 @@ def _halved(pixels: slice, half: int) -> slice:
     return slice(pixels.start >> half, (pixels.stop + half) >> half)
 
 
-def orientation(frame: VideoFrame) -> tuple[int, bool]:
+def orientation(frame: VideoFrame, codec: str) -> tuple[int, bool]:
     """How it is turned upright: quarters anticlockwise, as FFmpeg and numpy count, then perhaps left to right."""
     turns = round(frame.rotation / 90) % 4
+    # The decoder of PNG names a colour profile, and PyAV 18.1 frees such a name a second time: the process would die.
+    if codec in ("png", "apng"):
+        return turns, False
     sides: Any = frame.side_data  # PyAV's own types do not name this one
     if "DISPLAYMATRIX" not in sides:
         return turns, False

@@ -16,6 +16,8 @@ class Threads:
     """`workers` daemon threads. concurrent.futures would wait for one that hangs, at the latest when Python exits."""
 
     def __init__(self, workers: int, seconds: float):
+        if workers < 1:
+            raise ValueError(f"{workers} threads decode nothing; --data.workers is at least 1")
         self.workers, self.seconds = workers, seconds
         self.left_behind = 0  # threads that never came back
         self._work: queue.SimpleQueue[tuple[_Call, int, Any] | None] = queue.SimpleQueue()
@@ -41,10 +43,11 @@ class Threads:
                             self._start()
         finally:
             call.over = True  # Ctrl-C: what still waits in the queue is not begun
+        done, call.done = call.done, dict.fromkeys(call.done, (None, None))  # a thread left behind holds no frames
         for number in range(len(items)):
-            if (error := call.done[number][1]) is not None:
+            if (error := done[number][1]) is not None:
                 raise error
-        return [call.done[number][0] for number in range(len(items))]
+        return [done[number][0] for number in range(len(items))]
 
     def close(self) -> None:
         """Lets the threads end once they have nothing to do."""

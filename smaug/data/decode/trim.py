@@ -134,7 +134,7 @@ def trim(want: Want, size: int, seconds: float, check: Callable[[str], None], na
             order += these
         rows = {position: row for row, position in enumerate(order)}
         view = View(size, want.crop, want.flip, pixel_aspect(stream))
-        turns, mirrored = orientation(frame)
+        turns, mirrored = orientation(frame, codec)
     return Trimmed(
         pieces,
         [rows[position] for position in wanted],
