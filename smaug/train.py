@@ -29,9 +29,9 @@ import smaug
 from smaug import checkpoint, device
 from smaug import recipe as recipes
 from smaug.data.clips import Clips
-from smaug.data.journal import printable
+from smaug.data.journal import one_line
 from smaug.data.loader import Batch, Loader
-from smaug.data.manifest import Skip
+from smaug.data.manifest import ManifestError, Skip
 from smaug.data.shapes import DamagedError
 from smaug.data.text import train_tokenizer
 from smaug.evaluate.scores import evaluate, print_result
@@ -44,6 +44,7 @@ from smaug.run import build, open_loader, open_split, progress, read_config, ref
 from smaug.step import keep_rate, text_views, training_step, video_mask
 
 DEFAULT_RECIPE = "smaug"
+SHOWN = 20  # skipped files on the terminal; skipped.txt has them all
 
 
 @dataclass(frozen=True)
@@ -206,9 +207,11 @@ def run(options: Options, size: str, command: str) -> int:
 
 def _name_skipped(console: Console, path: Path, skips: Sequence[Skip]) -> list[str]:
     """Tells what was skipped, and keeps it beside what the run had met before it was resumed; a line each."""
-    lines = [printable(f"{skip.name}: {skip.reason}") for skip in skips]
-    for line in lines:
+    lines = [one_line(f"{skip.name}: {skip.reason}") for skip in skips]
+    for line in lines[:SHOWN]:
         console.print(f"skipped {line}", style="yellow", highlight=False, soft_wrap=True)
+    if len(lines) > SHOWN:
+        console.print(f"skipped {len(lines) - SHOWN} more, all in {path}", style="yellow", soft_wrap=True)
     known = list(dict.fromkeys([*(path.read_text().splitlines() if path.exists() else []), *lines]))
     if known:
         write(path, "".join(line + "\n" for line in known))
@@ -291,7 +294,12 @@ class Loop:
                 logged_at, clips = time.perf_counter(), 0
                 while self.totals["step"] < steps and not self.stop:
                     waiting = time.perf_counter()
-                    batch = next(batches).to(self.way.device)
+                    try:
+                        batch = next(batches).to(self.way.device)
+                    except ManifestError:  # too many bad files; what was learned until then is kept
+                        if saved != self.totals["step"]:
+                            self._save()
+                        raise
                     before = time.perf_counter()
                     self.totals["data_seconds"] += before - waiting
                     loss, parts = self._step(batch, int(self.totals["step"]))

@@ -27,7 +27,7 @@ from smaug.data.decode.contract import MAX_SECONDS
 from smaug.data.decode.pyav import index_packets, open_media, ranges, video_stream
 from smaug.data.decode.threads import Threads
 from smaug.data.frames import every_frame, middle_segments
-from smaug.data.journal import Journal, bar, printable
+from smaug.data.journal import Journal, bar, one_line
 from smaug.data.listing import Listing, list_files
 from smaug.data.manifest import Sample, Skip
 from smaug.data.media import Media, Member, media_reason, read_bytes
@@ -104,7 +104,7 @@ def check(options: CheckOptions, console: Console) -> int:
     good = [verdict for verdict in verdicts if not verdict.reason]
     report = summary(listing, good, bad)
     if sheet is not None and good:
-        title = f"{', '.join(printable(p.name or str(p)) for p in options.source)}: {len(good)} good, {len(bad)} bad"
+        title = f"{', '.join(one_line(p.name or str(p)) for p in options.source)}: {len(good)} good, {len(bad)} bad"
         try:
             shown = [sample for sample, verdict in judged if not verdict.reason]
             contact_sheet(sheet, title, shown, bad, options.workers, options.clip_seconds)
@@ -291,12 +291,12 @@ def _tell(report: dict[str, Any], good: Sequence[Verdict], options: CheckOptions
             f"{s['min']:.2f} s to {s['max']:.2f} s, median {s['median']:.2f} s, total {s['total'] / 3600:.3g} h",
         )
     if report["missing_captions"]:
-        line("captions", f"{report['missing_captions']} files have none; training leaves them out")
+        line("captions", f"{report['missing_captions']} files have none; training counts them as unusable")
     if report["ignored"]:
-        names = ", ".join([*map(printable, report["ignored"][:3]), *["..."][: len(report["ignored"]) - 3]])
+        names = ", ".join([*map(one_line, report["ignored"][:3]), *["..."][: len(report["ignored"]) - 3]])
         line("ignored", f"{len(report['ignored'])} files that are no media by their names: {names}")
     for skip in report["bad"][:SHOWN]:
-        line("bad", f"{printable(skip['name'])}: {printable(skip['reason'])}", "red")
+        line("bad", f"{one_line(skip['name'])}: {one_line(skip['reason'])}", "red")
     if (more := len(report["bad"]) - SHOWN) > 0:
         line("", f"and {more} more" + ("" if options.json else "; --json report.json has them all"))
     if hint := advice(good, options.frames):

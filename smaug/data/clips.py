@@ -52,8 +52,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if not self.manifest and (self.format or self.root or self.eval_manifest):
             raise ValueError("--data.format, --data.root and --data.eval-manifest need a --data.manifest to train on")
-        if not all(number > 0 for number in (self.batch, self.workers, self.clip_seconds)):  # also of nan
-            raise ValueError("--data.batch, --data.workers and --data.clip-seconds must be above 0")
+        if not (self.batch > 0 and self.workers >= 0 and self.clip_seconds > 0):  # also of nan
+            raise ValueError("--data.batch and --data.clip-seconds must be above 0, --data.workers 0 or more")
         if not 0 <= self.max_bad <= 1:
             raise ValueError(f"--data.max-bad {self.max_bad:g} is no share of the files; it is between 0 and 1")
         if self.crop is not None and not 0 < self.crop[0] <= self.crop[1] <= 1:

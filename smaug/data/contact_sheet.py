@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from smaug.data.decode import Want
 from smaug.data.decode.pyav import PyavDecoder
 from smaug.data.frames import FrameSampler, middle_segments
-from smaug.data.journal import printable
+from smaug.data.journal import one_line
 from smaug.data.manifest import Sample, Skip
 
 CLIPS, FRAMES, COLUMNS = 24, 4, 3
@@ -52,7 +52,7 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
 
     def write(at: tuple[int, int], text: str, room: int, lines: int, ink: str) -> None:
-        text = printable(" ".join(text.split()))
+        text = one_line(" ".join(text.split()))
         font = font_for(text)
         for number, part in enumerate(wrap(text, room, lines, font.getlength)):
             draw.text((at[0], at[1] + number * line), part, ink, font)

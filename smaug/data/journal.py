@@ -92,7 +92,7 @@ def bar(note: Callable[[], str]) -> Progress:
     )  # fmt: skip
 
 
-def printable(name: str) -> str:
+def one_line(name: str) -> str:
     """A file's name on one line of a terminal: control characters and bytes that are not UTF-8 are escaped."""
     name = name.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

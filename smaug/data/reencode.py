@@ -55,7 +55,7 @@ from smaug.data.decode.pyav import (
     video_stream,
 )
 from smaug.data.decode.threads import Threads
-from smaug.data.journal import Journal, bar, printable
+from smaug.data.journal import Journal, bar, one_line
 from smaug.data.listing import list_files
 from smaug.data.manifest import Sample
 from smaug.data.media import Media, Member, media_reason, read_bytes
@@ -196,12 +196,12 @@ def reencode(options: ReencodeOptions, console: Console) -> int:
         json.dumps({s.kind: d.out, "caption": list(s.captions)}, ensure_ascii=False) for s, d in results if not d.reason
     ]
     _replace(out / "manifest.jsonl", rows)
-    _replace(out / "skipped.txt", [f"{printable(name)}\t{printable(reason)}" for name, reason in skipped])
+    _replace(out / "skipped.txt", [f"{one_line(name)}\t{one_line(reason)}" for name, reason in skipped])
     size = sum(d.size for _, d in results)
     for what, text in (
         ("wrote", f"{len(rows)} files, {size / 1e6:.4g} MB, to {out}"),
         ("skipped", f"{len(skipped)} files, named in {out / 'skipped.txt'}" if skipped else "no file"),
-        ("captions", f"{listing.missing} files have none; training leaves them out" if listing.missing else ""),
+        ("captions", f"{listing.missing} files have none; training counts them as unusable" if listing.missing else ""),
         ("train", f"--data.manifest {out / 'manifest.jsonl'}"),
     ):
         if text:

@@ -82,7 +82,7 @@ def test_the_share_of_bad_files():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"batch": 0}, {"workers": 0}, {"clip_seconds": 0.0}, {"clip_seconds": math.nan}, {"max_bad": -1.0},
+        {"batch": 0}, {"workers": -1}, {"clip_seconds": 0.0}, {"clip_seconds": math.nan}, {"max_bad": -1.0},
         {"max_bad": 5.0}, {"crop": (0.0, 0.0)}, {"crop": (1.0, 0.5)}, {"crop": (0.5, 3.0)}, {"format": "msrvtt"},
     ],
 )  # fmt: skip
