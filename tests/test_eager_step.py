@@ -67,4 +67,4 @@ def test_the_eager_step_is_the_same_step(name, frames_kept, shapes_cache):
         assert grad.abs().max() > 0 and relative_error(other_grads[name], grad) < 1e-5, name
     drawn = eager.draw(theirs, batch.step)  # and by itself it draws as much, but not the same
     assert [x.shape for x in vars(drawn).values()] == [x.shape for x in vars(same_draw(recipe, batch)).values()]
-    assert abs(eager(theirs, drawn, batch.step) - loss) > 5e-5 * loss
+    assert abs(eager(theirs, drawn, batch.step) - loss) > 2e-5 * loss  # twice what counts as equal
