@@ -24,13 +24,13 @@ from smaug.data import shapes
 from smaug.data.contact_sheet import contact_sheet
 from smaug.data.decode import DecodeError, read_frames, read_image
 from smaug.data.decode.contract import MAX_SECONDS
-from smaug.data.decode.pyav import index_packets, open_media, ranges, video_stream
+from smaug.data.decode.pyav import frame_rate, index_packets, open_media, ranges, video_stream
 from smaug.data.decode.threads import Threads
 from smaug.data.frames import every_frame, middle_segments
 from smaug.data.journal import Journal, bar, one_line
 from smaug.data.listing import Listing, list_files
 from smaug.data.manifest import Sample, Skip
-from smaug.data.media import Media, Member, media_reason, read_bytes
+from smaug.data.media import Media, media_reason, read_bytes, size_of
 from smaug.data.reencode import GOP, SHORT_SIDE
 
 VERSION = 1  # raise it whenever the same file would be judged differently
@@ -192,7 +192,7 @@ def examine(media: Media, kind: str, frames: int, full: bool, seconds: float) ->
     """
     if reason := media_reason(media):
         raise DecodeError(reason)
-    size = media.stat().st_size if isinstance(media, Path) else media.size if isinstance(media, Member) else len(media)
+    size = size_of(media)
     if kind == "image":
         read_image(media, SIZE)
         with Image.open(media if isinstance(media, Path) else io.BytesIO(read_bytes(media))) as image:
@@ -209,7 +209,7 @@ def examine(media: Media, kind: str, frames: int, full: bool, seconds: float) ->
         form = container.format.name.split(",")  # mov,mp4,m4a,...
         suffix = media.suffix[1:].lower() if isinstance(media, Path) else ""
         suffix = suffix if suffix in form else "mp4" if "mp4" in form else form[0]
-        rate = float(stream.average_rate or 0) or 25.0
+        rate = frame_rate(stream)
     wanted = [index.shown[i] for i in middle_segments(len(index.shown), frames)]
     decoded = sum(last - first + 1 for first, last in ranges(index, wanted))
 

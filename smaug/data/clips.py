@@ -136,7 +136,8 @@ def _decoder(config: DataConfig, device: torch.device) -> Decoder:
 def check_share(bad: Sequence[Skip], total: int, limit: float, decoder: str = "auto") -> None:
     """Raises ManifestError when more than `limit` of all files is unusable; `decoder` is the one that was asked for."""
     if len(bad) > limit * total:
-        other = "" if decoder in ("auto", "pyav") else f"{decoder} does not read all kinds: try --data.decoder auto. "
+        named = decoder in ("dali", "torchcodec")
+        other = f"{decoder} does not read all kinds: try --data.decoder auto. " if named else ""
         examples = "; ".join(f"{skip.name}: {skip.reason}" for skip in bad[:3])
         raise ManifestError(
             f"{len(bad)} of {total} files cannot be used, more than the {limit:.0%} that --data.max-bad allows. "

@@ -28,7 +28,7 @@ from rich.console import Console
 from smaug.data.decode import Decoder, Want, open_decoder
 from smaug.data.journal import bar
 from smaug.data.manifest import ManifestError, Sample, Skip, check_files
-from smaug.data.media import Member, kind_of, read_bytes
+from smaug.data.media import kind_of, read_bytes, size_of
 from smaug.data.source import read_source, source_name
 
 VERSION = 1  # raise it whenever the same source would give other bytes
@@ -162,15 +162,11 @@ def _write_shard(
 
 def _read(sample: Sample) -> bytes | Skip:
     try:
-        if (size := _size(sample)) > MAX_BYTES:
+        if (size := size_of(sample.path)) > MAX_BYTES:
             return Skip(sample.name, f"{size} bytes; cut it into clips")
         return read_bytes(sample.path)
     except OSError as error:
         return Skip(sample.name, f"cannot be read: {error.strerror or error}")
-
-
-def _size(sample: Sample) -> int:
-    return sample.path.size if isinstance(sample.path, Member) else sample.path.stat().st_size
 
 
 def _ending(sample: Sample, data: bytes) -> str:
@@ -194,7 +190,7 @@ def _bad_of_finished(tar: Path, stats: Path) -> list[Skip] | None:
 def _fingerprint(samples: Sequence[Sample], per_shard: int) -> str:
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(json.dumps([sample.name, sample.kind, sample.captions, _size(sample)]).encode())
+        digest.update(json.dumps([sample.name, sample.kind, sample.captions, size_of(sample.path)]).encode())
     return json.dumps(
         {"version": VERSION, "per_shard": per_shard, "samples": len(samples), "sha256": digest.hexdigest()}
     )

@@ -52,6 +52,13 @@ def read_bytes(media: Media) -> bytes:
     return data
 
 
+def size_of(media: Media) -> int:
+    """Bytes. Raises OSError."""
+    if isinstance(media, bytes):
+        return len(media)
+    return media.size if isinstance(media, Member) else media.stat().st_size
+
+
 def media_reason(media: Media) -> str:
     """Why there is nothing to decode; "" if it seems that there is. One stat for a file or an archive."""
     if isinstance(media, bytes):

@@ -77,6 +77,10 @@ def test_the_share_of_bad_files():
     assert "--data.decoder" not in str(error.value)
     with pytest.raises(ManifestError, match=r"dali does not read all kinds: try --data\.decoder auto"):
         check_share(bad, 5, 0.05, "dali")
+    for decoder in ("auto", "pyav", "dali, else pyav", "dali", "torchcodec"):
+        with pytest.raises(ManifestError) as error:
+            check_share(bad, 99, 0.05, decoder)
+        assert ("try --data.decoder auto" in str(error.value)) == (decoder in ("dali", "torchcodec"))
 
 
 @pytest.mark.parametrize(

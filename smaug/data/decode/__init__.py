@@ -5,9 +5,9 @@ got = decoder.decode([Want(Path("a.mp4"), "video", FrameSampler().pick(8))], siz
 got[0].frames  # (8, 224, 224, 3) uint8 on the device, or None and got[0].reason
 """
 
-from smaug.data.decode.choose import DECODERS, open_decoder
+from smaug.data.decode.choose import open_decoder
 from smaug.data.decode.contract import DecodeError, Decoder, Got, Want
 from smaug.data.decode.images import read_image
 from smaug.data.decode.pyav import read_frames
 
-__all__ = ["DECODERS", "DecodeError", "Decoder", "Got", "Want", "open_decoder", "read_frames", "read_image"]
+__all__ = ["DecodeError", "Decoder", "Got", "Want", "open_decoder", "read_frames", "read_image"]

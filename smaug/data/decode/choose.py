@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -12,7 +12,6 @@ from smaug.data.decode.contract import MAX_SECONDS, Decoder, Got, Want
 from smaug.data.decode.pyav import PyavDecoder
 
 Choice = Literal["auto", "pyav", "dali", "torchcodec"]
-DECODERS = get_args(Choice)
 
 
 def open_decoder(choice: Choice, device: torch.device, workers: int = 2, seconds: float = MAX_SECONDS) -> Decoder:

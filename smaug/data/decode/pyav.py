@@ -52,10 +52,8 @@ UNSPECIFIED = 2  # matrix of a frame whose file does not say
 # swscale without FULL_CHR_H_INT goes through a table that darkens limited-range video by 1.5 levels of 255.
 FILTER = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT
 
-COMMON = {
-    "yuv420p": "yuv444p",
-    "yuvj420p": "yuvj444p",
-}  # 8 bits and a quarter of the chroma, and the same with all of it
+# 8 bits and a quarter of the chroma, as nearly all video has it, and the same with all of it
+COMMON = {"yuv420p": "yuv444p", "yuvj420p": "yuvj444p"}
 
 
 class PyavDecoder:
@@ -200,14 +198,17 @@ class _Painter:
             raise DecodeError(too_large(frame.width, frame.height))
         size, (turns, mirrored), matrix = self.view.size, orientation(frame, self.codec), colour_matrix(frame)
         height, width, top, left = self.view.place(frame.height, frame.width, turns, mirrored)
-        frame, height, width, top, left = self._near(frame, height, width, top, left)
+        # Interlaced frames are resized in one piece: swscale works on their fields.
+        whole_chroma = None if frame.interlaced_frame else COMMON.get(frame.format.name)
+        if whole_chroma:
+            frame, height, width, top, left = self._near(frame, height, width, top, left)
         if width * height > MAX_PIXELS:
             raise DecodeError(f"a frame of {frame.width} x {frame.height} is too long and thin")
         try:
             how = {"width": width, "height": height, "interpolation": FILTER, "threads": 1}
-            if frame.format.name in COMMON and not frame.interlaced_frame:
+            if whole_chroma:
                 # In two passes: swscale has vector instructions to resize planes, but none to resize into RGB.
-                planes = self.resize.reformat(frame, format=COMMON[frame.format.name], **how)
+                planes = self.resize.reformat(frame, format=whole_chroma, **how)
                 planes.colorspace, planes.color_range = frame.colorspace, frame.color_range
                 frame = planes
             rgb = self.colour.reformat(frame, format="rgb24", src_colorspace=matrix, **how)
@@ -225,12 +226,9 @@ class _Painter:
     def _near(
         self, frame: VideoFrame, height: int, width: int, top: int, left: int
     ) -> tuple[VideoFrame, int, int, int, int]:
-        """The part of a frame that the square is made of, as a frame with places of its own; the frame if that is
-        most of it. To scale the rest, for nothing, is half of the work for the middle square of a wide film."""
+        """Of a frame in a COMMON format the part that the square is made of, as a frame with places of its own; the
+        frame if that is most of it. To scale the rest is half of the work for the middle square of a wide film."""
         whole = frame, height, width, top, left
-        # Not of interlaced frames: swscale works on their fields.
-        if frame.format.name not in COMMON or frame.interlaced_frame:
-            return whole
         size = self.view.size
         rows, high, top = _span(top, size, height, frame.height)
         columns, long, left = _span(left, size, width, frame.width)
