@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"recipe"},
     {"recipes"},
     {"step"},
-    {"train", "run", "evaluate", "device", "checkpoint", "metrics", "distributed", "cost", "ledger"}
+    {"train", "run", "embed", "evaluate", "device", "checkpoint", "metrics", "distributed", "cost", "ledger"}
     | {"report", "doctor", "search", "visualise", "integrations", "testing"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,47 @@
+"""Videos and texts as vectors whose product is their similarity: the dual encoder of a trained model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from smaug.data import text
+from smaug.objectives.vtc import VtcHeads
+from smaug.run import Run
+
+
+def contrast_heads(run: Run) -> VtcHeads:
+    """Raises ValueError for a model that was trained without a contrast."""
+    for heads in run.model.heads.values():
+        if isinstance(heads, VtcHeads):
+            return heads
+    raise ValueError("embedding needs the vtc objective; this model was trained without it")
+
+
+@torch.no_grad()
+def embed_videos(run: Run, video: Tensor) -> Tensor:
+    """video (B, F, H, W, 3) uint8, H and W of `recipe.model.video.image_size`, frames in the order of `in_views`
+    -> (B, embed_dim) fp32 unit vectors on the model's device. Nothing is masked; pruning is at its trained rate."""
+    heads, config = contrast_heads(run), run.model.video.config
+    everything = torch.arange(math.prod(config.grid(video.shape[1])), dtype=torch.int32, device=run.way.device)
+    run.model.eval()
+    with run.way.autocast():
+        encoded = run.model.video([(video.to(run.way.device), everything.expand(len(video), -1))])
+        return heads.embed_video(encoded.features)
+
+
+@torch.no_grad()
+def embed_texts(run: Run, texts: Sequence[str]) -> Tensor:
+    """-> (n, embed_dim) fp32 unit vectors on the model's device; a text of more than `max_words` pieces is cut."""
+    heads = contrast_heads(run)
+    words = text.pack(
+        text.encode(run.tokenizer, texts, run.model.text.config.max_words), text.number(run.tokenizer, text.CLS)
+    )
+    run.model.eval()
+    with run.way.autocast():
+        features, _ = run.model.text(tree_map_only(Tensor, lambda x: x.to(run.way.device), words))
+        return heads.embed_text(features)
