@@ -67,11 +67,11 @@ def right_answers(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def accuracies(right: Tensor, types: Sequence[str] = ()) -> dict[str, float]:
-    """`accuracy` of (n,) bool, and `accuracy_{type}` of the questions of each type; those of no type, "", in none."""
+    """`acc` of (n,) bool, and `acc_{type}` of the questions of each type; those of no type, "", in none."""
     if types and len(types) != len(right):
         raise ValueError(f"{len(right)} answers have {len(types)} types; give one for each answer")
     exact = right.double()
-    found = {"accuracy": exact.mean().item()}
+    found = {"acc": exact.mean().item()}
     for kind in sorted(set(types) - {""}):
-        found[f"accuracy_{kind}"] = exact[torch.tensor([t == kind for t in types])].mean().item()
+        found[f"acc_{kind}"] = exact[torch.tensor([t == kind for t in types])].mean().item()
     return found
