@@ -10,8 +10,10 @@ from tokenizers import Tokenizer
 
 from smaug.data.clips import Clips
 from smaug.device import Way
+from smaug.evaluate.questions import Answers, answer_questions, priors
 from smaug.evaluate.retrieval import Retrieval, retrieval
 from smaug.model.model import Model
+from smaug.objectives.answer import Answer
 from smaug.recipe import Recipe
 
 
@@ -25,11 +27,13 @@ def evaluate(
     frames: int | None = None,
     shuffle: bool = False,
 ) -> dict[str, Any]:
-    """All retrieval scores, and t2v_r1 and v2t_r1 with each clip's frames in a random order.
+    """All scores of the recipe's task, and the main ones with each clip's frames in a random order.
 
     With `shuffle` they are in a random order for all scores.
     """
     frames = frames or recipe.eval_frames or recipe.model.video.frames
+    if recipe.task != "retrieval":
+        return evaluate_questions(model, recipe, clips, tokenizer, way, frames=frames, shuffle=shuffle)
     model.eval()
 
     def score(**how: bool) -> Retrieval:
@@ -53,7 +57,57 @@ def evaluate(
     }
 
 
+def evaluate_questions(
+    model: Model, recipe: Recipe, clips: Clips, tokenizer: Tokenizer, way: Way, *, frames: int, shuffle: bool
+) -> dict[str, Any]:
+    """acc, acc_{type}; the same of shuffled frames and of the text alone; the prior; the closed list's ceiling."""
+    answers = next((o.answers for o in recipe.objectives.values() if isinstance(o, Answer)), ())
+    model.eval()
+
+    def score(**how: bool) -> Answers:
+        return answer_questions(model, clips, tokenizer, answers, frames=frames, max_bad=recipe.data.max_bad, **how)
+
+    with way.autocast():
+        mixed, blind = score(shuffle=True), score(blind=True)
+        plain = mixed if shuffle else score()
+    model.train()
+    result: dict[str, Any] = plain.scores()
+    result |= {f"{key}_shuffled": value for key, value in mixed.scores().items() if key != "questions"}
+    result |= {f"{key}_text_only": value for key, value in blind.scores().items() if key != "questions"}
+    result |= {f"{key}_prior": value for key, value in priors(plain.samples).items()}
+    if recipe.task == "qa":
+        known = [any(answer in answers for answer in sample.answers) for sample in plain.samples]
+        result["ceiling"] = sum(known) / len(known)
+    return {
+        **result,
+        "task": recipe.task,
+        "evaluated_on": clips.name + (", frames shuffled" if shuffle else ""),
+        "frames": frames,
+        "evaluation_skipped": [f"{s.name}: {s.reason}" for s in plain.skipped],
+    }
+
+
 def print_result(console: Console, result: dict[str, Any]) -> None:
+    console.print(_questions_table(result) if "questions" in result else _retrieval_table(result))
+    _print_cost(console, result)
+
+
+def _questions_table(result: dict[str, Any]) -> Table:
+    kind = "multiple choice" if result["task"] == "mc" else "open questions"
+    count, frames = result["questions"], result["frames"]
+    table = Table(title=f"{kind} on {result['evaluated_on']}, {count:.0f} questions, {frames} frames")
+    for column in ("", "accuracy", "frames shuffled", "text alone", "prior"):
+        table.add_column(column, justify="right")
+    ends = ("_shuffled", "_text_only", "_prior")
+    for key in [key for key in result if key.startswith("acc") and not key.endswith(ends)]:
+        name = "all" if key == "acc" else key.removeprefix("acc_")
+        table.add_row(name, *(f"{result[key + end]:.1%}" if key + end in result else "" for end in ("", *ends)))
+    if "ceiling" in result:
+        table.add_row("answers in the list", f"{result['ceiling']:.1%}", "", "", "")
+    return table
+
+
+def _retrieval_table(result: dict[str, Any]) -> Table:
     candidates = f"{result['candidates']:.0f} candidates"
     table = Table(title=f"retrieval on {result['evaluated_on']}, {candidates}, {result['frames']} frames")
     for column in ("", "R@1", "R@5", "R@10", "MedR"):
@@ -70,7 +124,10 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     for key, name in notes.items():
         if key in result:
             table.add_row(name, f"{result[key]:.1%}", "", "", "")
-    console.print(table)
+    return table
+
+
+def _print_cost(console: Console, result: dict[str, Any]) -> None:
     if "device_seconds" in result:
         share = result["tokens_computed"] / max(1, result["tokens_dense"])
         waited = result["data_seconds"] / max(1e-9, result["device_seconds"] + result["data_seconds"])
