@@ -5,6 +5,7 @@ A checkpoint is written aside, flushed to the disk and renamed, so one that has 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -99,6 +100,12 @@ def read_newest(folder: Path) -> tuple[dict[str, Any] | None, dict[str, bytes], 
             continue
         return state, files, damaged
     return None, {}, damaged
+
+
+def fingerprint(folder: Path, step: int) -> str:
+    """The first 16 hex digits of the sha256 of a checkpoint's weights: which model a number belongs to."""
+    with open(folder / f"step-{step}" / "model.safetensors", "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Run:
     tokenizer: Tokenizer
     way: Way
     step: int
+    batch: int  # pairs a step that it was trained with
 
 
 def load_run(folder: Path, device: str = "auto") -> Run:
@@ -51,7 +53,8 @@ def load_run(folder: Path, device: str = "auto") -> Run:
     state, damaged = checkpoint.load_newest(folder / "checkpoints", model)
     if state is None:
         raise ValueError(" ".join([*damaged, f"{folder} has no checkpoint to evaluate; train it first"]))
-    return Run(saved, model, tokenizer, way, state["step"])
+    clips = state.get("totals", {}).get("clips", 0)
+    return Run(saved, model, tokenizer, way, state["step"], round(clips / max(1, state["step"])) or saved.data.batch)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -153,20 +156,28 @@ def open_split(recipe: Recipe, split: str, console: Console, device: torch.devic
         if split != "train" and not own:
             what += "; these are training pairs, since no --data.eval-manifest was given"
     else:
-        with progress(console) as bars:
-            tasks: dict[str, Any] = {}
-
-            def report(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=total, note="")
-                    if not console.is_terminal:
-                        console.print(f"data       {what}: {total} clips", highlight=False)
-                bars.update(tasks[what], completed=done)
-
+        with reporting(console, "data       ") as report:
             clips = open_shapes(split, data, size, report, device, recipe.task)
         what = f"{clips.name}, {len(clips)} {'clips' if recipe.task == 'retrieval' else 'questions'}"
     console.print(f"{'data' if split == 'train' else 'evaluated':<11}{what}", highlight=False, soft_wrap=True)
     return clips
+
+
+@contextmanager
+def reporting(console: Console, log: str = "") -> Iterator[Callable[[str, int, int], None]]:
+    """A function of (what, how many are done, of how many) that draws a bar for each `what` on a terminal. Elsewhere it
+    says once how many there will be, if `log` is what such a line begins with."""
+    with progress(console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks or done < bars.tasks[tasks[what]].completed:  # the same again is a bar of its own
+                tasks[what] = bars.add_task(what, total=total, note="")
+                if log and not console.is_terminal:
+                    console.print(f"{log}{what}: {total} clips", highlight=False)
+            bars.update(tasks[what], completed=done)
+
+        yield report
 
 
 def progress(console: Console) -> Progress:

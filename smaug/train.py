@@ -34,13 +34,24 @@ from smaug.data.loader import Batch, Loader
 from smaug.data.manifest import ManifestError, Skip
 from smaug.data.shapes import DamagedError
 from smaug.data.text import train_tokenizer
-from smaug.evaluate.scores import evaluate, print_result
+from smaug.evaluate.scores import evaluate, print_result, provenance
 from smaug.model.model import SIZES, Model
 from smaug.objectives.mlm import Mlm
 from smaug.objectives.vtm import Vtm
 from smaug.optim import adamw, learning_rate
 from smaug.recipe import Recipe
-from smaug.run import build, open_loader, open_split, progress, read_config, refuse, start_from, with_answers, write
+from smaug.run import (
+    build,
+    open_loader,
+    open_split,
+    progress,
+    read_config,
+    refuse,
+    reporting,
+    start_from,
+    with_answers,
+    write,
+)  # fmt: skip
 from smaug.step import keep_rate, text_views, training_step, video_mask
 
 DEFAULT_RECIPE = "smaug"
@@ -210,10 +221,13 @@ def run(options: Options, size: str, command: str) -> int:
         )
         return 0
 
-    result = evaluate(model, recipe, held_out, tokenizer, way)
+    with reporting(console) as report:
+        result = evaluate(model, recipe, held_out, tokenizer, way, report=report)
     totals["wall_seconds"] += time.perf_counter() - loop.began
     result |= {
         **totals,
+        **provenance(recipe.data, recipe.data),
+        "checkpoint": checkpoint.fingerprint(folder / "checkpoints", int(totals["step"])),
         "recipe": recipe.name,
         "size": size,
         "batch": loader.size,

@@ -59,6 +59,11 @@ def encode(tokenizer: Tokenizer, captions: Sequence[str], max_words: int) -> lis
     return [e.ids[: max_words - 1] or [unknown] for e in found]
 
 
+def lengths(tokenizer: Tokenizer, captions: Sequence[str]) -> list[int]:
+    """Word pieces of each caption, with [CLS]: `encode` cuts those that have more than max_words."""
+    return [1 + len(e.ids) for e in tokenizer.encode_batch(list(captions), add_special_tokens=False)]
+
+
 def pack(
     captions: Sequence[Sequence[int]], cls: int, kept: Sequence[Tensor] | None = None, mask: int | None = None
 ) -> PackedTokens:
