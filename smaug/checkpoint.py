@@ -58,6 +58,24 @@ def load_newest(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Loads the newest whole checkpoint -> its state, None if there is none; and a sentence for each damaged one."""
+    state, files, damaged = read_newest(folder)
+    if state is not None:
+        model.load_state_dict(load(files["model.safetensors"]))
+        if optimizer is not None:
+            _set_optimizer_tensors(model, optimizer, load(files["optim.safetensors"]))
+    return state, damaged
+
+
+def load_weights(folder: Path) -> tuple[dict[str, Tensor], int]:
+    """The weights of the newest whole checkpoint, and its step. Raises ValueError if there is none."""
+    state, files, damaged = read_newest(folder)
+    if state is None:
+        raise ValueError(" ".join([*damaged, f"{folder} has no checkpoint to start from; train it first"]))
+    return load(files["model.safetensors"]), state["step"]
+
+
+def read_newest(folder: Path) -> tuple[dict[str, Any] | None, dict[str, bytes], list[str]]:
+    """The newest whole checkpoint: its state, None if there is none; its files; a sentence for each damaged one."""
     damaged: list[str] = []
     for step in reversed(steps(folder)):
         path = folder / f"step-{step}"
@@ -80,11 +98,8 @@ def load_newest(
         if wrong:
             damaged.append(f"{path} is damaged (checksum of {', '.join(wrong)}) and was passed over")
             continue
-        model.load_state_dict(load(files["model.safetensors"]))
-        if optimizer is not None:
-            _set_optimizer_tensors(model, optimizer, load(files["optim.safetensors"]))
-        return state, damaged
-    return None, damaged
+        return state, files, damaged
+    return None, {}, damaged
 
 
 def fingerprint(folder: Path, step: int) -> str:

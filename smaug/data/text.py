@@ -93,3 +93,13 @@ def pack(
         max_seqlen=max(lengths),
         lengths=tuple(lengths),
     )
+
+
+def beginnings(answers: Sequence[Sequence[int]], sep: int) -> tuple[list[list[int]], list[int], list[int]]:
+    """What a decoder of answers learns from: every beginning of every answer, the empty one first, for `pack`.
+
+    -> the beginnings, the word after each (`sep` after the last), and the number of the answer that each belongs to.
+    """
+    begun = [list(words[:n]) for words in answers for n in range(len(words) + 1)]
+    after = [word for words in answers for word in (*words, sep)]
+    return begun, after, [i for i, words in enumerate(answers) for _ in range(len(words) + 1)]

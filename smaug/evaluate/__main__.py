@@ -2,6 +2,7 @@
 
 python -m smaug.evaluate RUN [--frames 12] [--ensemble mean] [--top 128] [--shuffle-frames] [--split val]
 python -m smaug.evaluate RUN --format msrvtt --manifest MSRVTT_JSFUSION_test.csv --root videos
+python -m smaug.evaluate RUN --task mc --format msrvtt_mc --manifest MSRVTT_mc_test.json --root videos
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ import tyro
 from rich.console import Console
 
 from smaug import checkpoint
-from smaug.data.annotations import Format
+from smaug.data.annotations import Format, read_answers
+from smaug.data.questions import Task
 from smaug.data.shapes import DamagedError
 from smaug.device import describe
 from smaug.evaluate.encode import BATCH
 from smaug.evaluate.ensemble import Ensemble
 from smaug.evaluate.scores import How, evaluate, print_result, provenance
+from smaug.objectives.answer import Answer
 from smaug.recipe import Recipe
 from smaug.run import load_run, open_split, refuse, reporting, write
 
@@ -29,6 +32,7 @@ from smaug.run import load_run, open_split, refuse, reporting, write
 @dataclass(frozen=True)
 class Options:
     run: Annotated[Path, tyro.conf.Positional]  # folder of a run
+    task: Task | None = None  # default: the recipe's; of another one the scores are zero-shot
     frames: int | None = None  # of each clip; default: the recipe's, else as many as in training
     ensemble: Ensemble = "concat"  # of a clip's frames: fused together, or each scored by itself and then aggregated
     top: int | None = None  # candidates of the dual encoder that the match head ranks again; default: the recipe's
@@ -39,6 +43,7 @@ class Options:
     manifest: tuple[Path, ...] = ()  # evaluate on these pairs, what --data.manifest takes; default: the run's own
     format: Format | None = None  # they are annotation files of this data set
     root: Path | None = None  # folder that their paths start from; default: the manifest's own
+    answers: Path | None = None  # the closed list of open questions, for a model that was not trained on one
     max_bad: float | None = None  # share of unusable files above which it stops; default: the run's
     split: Literal["val", "test"] = "test"  # of the embedded data set
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -64,6 +69,7 @@ def main() -> int:
             options.controls,
             options.dual_softmax,
             options.batch,
+            closed_list(recipe, options, console),
         )
         with reporting(console) as report:
             result = evaluate(
@@ -85,6 +91,16 @@ def main() -> int:
         return 130
 
 
+def closed_list(recipe: Recipe, options: Options, console: Console) -> tuple[str, ...]:
+    """The answers of --answers; of the embedded data set those of its training questions."""
+    if options.answers is not None:
+        return tuple(read_answers(options.answers))
+    trained = any(isinstance(objective, Answer) for objective in recipe.objectives.values())
+    if recipe.task != "qa" or trained or recipe.data.manifest:
+        return ()
+    return tuple(sorted({sample.answers[0] for sample in open_split(recipe, "train", console).samples}))
+
+
 def on_other_data(recipe: Recipe, options: Options) -> Recipe:
     """The recipe with the data that the command line names, if it names any, to evaluate on."""
     data = recipe.data
@@ -103,7 +119,7 @@ def on_other_data(recipe: Recipe, options: Options) -> Recipe:
         raise ValueError("--format and --root say how to read a --manifest; name the file or files to evaluate on")
     if options.max_bad is not None:
         data = replace(data, max_bad=options.max_bad)
-    return replace(recipe, data=data)
+    return replace(recipe, data=data, task=options.task or recipe.task)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from smaug.data.annotations import CAPTIONS
 from smaug.data.clips import Clips, DataConfig
 from smaug.data.source import source_name
 from smaug.device import Way
-from smaug.evaluate.encode import BATCH, Report
+from smaug.evaluate.encode import BATCH, Report, look
 from smaug.evaluate.ensemble import Ensemble
 from smaug.evaluate.match import has_match_head
+from smaug.evaluate.questions import Answers, answer_questions, priors
 from smaug.evaluate.retrieval import Retrieval, retrieval
 from smaug.model.model import Model
+from smaug.objectives.answer import Answer
 from smaug.recipe import Recipe
 
 
@@ -35,6 +37,7 @@ class How:
     controls: bool = True  # also with the frames shuffled, and with nothing pruned or left out
     dual_softmax: bool = False
     batch: int = BATCH  # clips encoded at once
+    answers: tuple[str, ...] = ()  # the closed list of open questions, for a model that was not trained on one
 
 
 def evaluate(
@@ -46,14 +49,14 @@ def evaluate(
     *,
     how: How | None = None,
     split: str = "test",
-    task: Callable[..., dict[str, Any]] | None = None,
     report: Report | None = None,
 ) -> dict[str, Any]:
-    """The scores of a task (`score_retrieval`) on clips, and what they are scores of."""
+    """The scores of the recipe's task on clips, and what they are scores of."""
     model.eval()
     how = how or How()
     with way.autocast():
-        scores = (task or score_retrieval)(model, recipe, clips, tokenizer, how, report)
+        score = score_retrieval if recipe.task == "retrieval" else score_questions
+        scores = score(model, recipe, clips, tokenizer, how, report)
     model.train()
     return {
         **scores,
@@ -98,6 +101,48 @@ def score_retrieval(
         "captions": plain.captions,
         "captions_cut": plain.cut,
         "protocol": protocol(model, recipe, how, plain, top, len(left_out)),
+        "evaluation_skipped": [f"{s.name}: {s.reason}" for s in left_out],
+    }
+
+
+def score_questions(
+    model: Model, recipe: Recipe, clips: Clips, tokenizer: Tokenizer, how: How, report: Report | None
+) -> dict[str, Any]:
+    """acc and acc_{type}, the closed list's ceiling, and the prior; with `how.controls` the same with the frames in a
+    random order and of the text alone."""
+    answers = next((o.answers for o in recipe.objectives.values() if isinstance(o, Answer)), how.answers)
+    frames = frames_of(recipe, how)
+
+    def score(shuffle: bool, blind: bool = False) -> Answers:
+        seen = look(model.video.config, frames, how.ensemble, shuffle=shuffle, sparse=True)
+        return answer_questions(
+            *(model, clips, tokenizer, answers, seen),
+            ensemble=how.ensemble,
+            max_bad=recipe.data.max_bad,
+            blind=blind,
+            batch=how.batch,
+            report=report,
+        )
+
+    plain = score(how.shuffle)
+    result: dict[str, Any] = plain.scores()
+    controls = {"prior": priors(plain.samples)}
+    if how.controls:
+        controls["shuffled"] = (plain if how.shuffle else score(True)).scores()
+        controls["text_only"] = score(how.shuffle, blind=True).scores()
+    for name, scores in controls.items():
+        result |= {f"{key}_{name}": value for key, value in scores.items() if key != "questions"}
+    what = "the match logit" + " and the dual logit of each option" * ("vtc" in model.heads)
+    if recipe.task == "qa":
+        known = set(answers)
+        result["ceiling"] = sum(not known.isdisjoint(s.answers) for s in plain.samples) / len(plain.samples)
+        what = f"the best of {len(answers)} answers, exact match; one that is not among them is an error"
+    left_out = [*clips.skipped, *plain.skipped]
+    missing = f" ({len(left_out)} of the set are missing)" if left_out else ""
+    return {
+        **result,
+        "task": recipe.task,
+        "protocol": f"{len(plain.samples)} questions{missing}, {frames} frames, {how.ensemble}; {what}",
         "evaluation_skipped": [f"{s.name}: {s.reason}" for s in left_out],
     }
 
@@ -161,6 +206,26 @@ def provenance(trained: DataConfig, evaluated: DataConfig) -> dict[str, Any]:
 
 
 def print_result(console: Console, result: dict[str, Any]) -> None:
+    console.print(_questions_table(result) if "questions" in result else _retrieval_table(result))
+    _print_cost(console, result)
+
+
+def _questions_table(result: dict[str, Any]) -> Table:
+    kind = "multiple choice" if result["task"] == "mc" else "open questions"
+    count, frames = result["questions"], result["frames"]
+    table = Table(title=f"{kind} on {result['evaluated_on']}, {count:.0f} questions, {frames} frames")
+    for column in ("", "accuracy", "frames shuffled", "text alone", "prior"):
+        table.add_column(column, justify="right")
+    ends = ("_shuffled", "_text_only", "_prior")
+    for key in [key for key in result if key.startswith("acc") and not key.endswith(ends)]:
+        name = "all" if key == "acc" else key.removeprefix("acc_")
+        table.add_row(name, *(f"{result[key + end]:.1%}" if key + end in result else "" for end in ("", *ends)))
+    if "ceiling" in result:
+        table.add_row("answers in the list", f"{result['ceiling']:.1%}", "", "", "")
+    return table
+
+
+def _retrieval_table(result: dict[str, Any]) -> Table:
     candidates = f"{result['candidates']:.0f} candidates"
     zero_shot = ", zero-shot" if result.get("zero_shot") else ""
     table = Table(title=f"retrieval on {result['evaluated_on']}, {candidates}, {result['frames']} frames{zero_shot}")
@@ -181,14 +246,15 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     for key, name in notes.items():
         if key in result:
             table.add_row(name, f"{result[key]:.1%}", "", "", "", "")
-    console.print(table)
     if result["captions_cut"]:
-        console.print(
+        table.caption = (
             f"{result['captions_cut']} of {result['captions']} texts are longer than the model reads and were cut; "
-            "it can be fine-tuned on longer ones (--model.text.max-words)",
-            highlight=False,
-            soft_wrap=True,
+            "it can be fine-tuned on longer ones (--model.text.max-words)"
         )
+    return table
+
+
+def _print_cost(console: Console, result: dict[str, Any]) -> None:
     if "device_seconds" in result:
         share = result["tokens_computed"] / max(1, result["tokens_dense"])
         waited = result["data_seconds"] / max(1e-9, result["device_seconds"] + result["data_seconds"])
