@@ -133,8 +133,8 @@ def test_evaluate_on_another_data_set(undisturbed, call, shapes_cache):
     weights_file = undisturbed / "checkpoints" / f"step-{result['step']}" / "model.safetensors"
     assert result["checkpoint"] == hashlib.sha256(weights_file.read_bytes()).hexdigest()[:16]
     for wrong, what in (
-        (["--root", "videos"], "name the file"), (["--ensemble", "max"], "without the vtm"), (["--top", 0], "at least 1"),
-        (["--manifest", "nowhere.csv"], "nowhere.csv does not exist"),
+        (["--root", "videos"], "name the file"), (["--ensemble", "max"], "without"),
+        (["--top", 0], "at least 1"), (["--manifest", "nowhere.csv"], "nowhere.csv does not exist"),
     ):  # fmt: skip
         code, _, err = call(evaluate.main, undisturbed, *wrong)
         assert code == 1 and what in err and err.count("\n") == 1

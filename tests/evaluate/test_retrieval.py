@@ -196,15 +196,8 @@ def two_stages(n=12, config=SMALL):
     """A random model of all parts, n noisy clips, and 1 + i % 3 captions of clip i."""
     tokenizer = train_tokenizer(WORDS, 500)
     words = itertools.cycle(WORDS)
-    samples = [
-        Sample(
-            Path(f"{i}.mp4"),
-            "video",
-            tuple(" ".join((next(words), WORDS[i % 30])) for _ in range(1 + i % 3)),
-            f"{i}.mp4",
-        )
-        for i in range(n)
-    ]
+    said = [tuple(f"{next(words)} {WORDS[i % 30]}" for _ in range(1 + i % 3)) for i in range(n)]
+    samples = [Sample(Path(f"{i}.mp4"), "video", own, f"{i}.mp4") for i, own in enumerate(said)]
     frames = np.random.default_rng(0).integers(0, 256, (n, 4, 8, 8, 3), dtype=np.uint8)
     torch.manual_seed(0)
     recipe = Recipe("small", config, objectives={"vtc": Vtc(embed_dim=16), "vtm": Vtm()})
@@ -387,7 +380,7 @@ def test_dual_softmax_stands_beside_the_plain_numbers():
 
 def test_an_ensemble_that_has_nothing_to_join_is_refused():
     model, clips, tokenizer = planted(torch.eye(3), [(0,), (1,), (2,)])
-    with pytest.raises(ValueError, match="--ensemble mean joins match scores; .* without the vtm objective"):
+    with pytest.raises(ValueError, match=r"--ensemble mean joins .* without"):
         retrieval(model, clips, tokenizer, frames=1, max_bad=0, ensemble="mean")
     whole = replace(SMALL_VIDEO, attend="clip", temporal_layers=0, frames=2)
     model, clips, tokenizer = two_stages(3, replace(SMALL, video=whole, selector=FrameSelectorConfig()))
