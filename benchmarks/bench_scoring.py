@@ -185,12 +185,12 @@ def main(
             writer = csv.writer(file, lineterminator="\n")
             if new:
                 writer.writerow(["date", "size", "texts", "clips", "top", "dtype", "provider", "seconds", "cpu_seconds",
-                                 "pairs_per_second", "times_smaug", "largest_difference", "machine"])  # fmt: skip
+                                 "pairs_per_second", "times_smaug", "largest_difference", "first_call", "machine"])  # fmt: skip
             for provider, (cpu, seconds) in least.items():
                 away = "" if truth is None else f"{(scores[provider] - truth).abs().max().item():.2g}"
                 row = [time.strftime("%Y-%m-%d"), size, texts, clips, top, name, provider,
                        f"{seconds:.3f}", f"{cpu:.3f}", f"{texts * top / cpu:.0f}", f"{cpu / least['smaug'][0]:.2f}",
-                       away, describe(device)]  # fmt: skip
+                       away, "left out", describe(device)]  # fmt: skip
                 print(*row, flush=True)
                 writer.writerow(row)
 
