@@ -185,7 +185,8 @@ def main(
             writer = csv.writer(file, lineterminator="\n")
             if new:
                 writer.writerow(["date", "size", "texts", "clips", "top", "dtype", "provider", "seconds", "cpu_seconds",
-                                 "pairs_per_second", "times_smaug", "largest_difference", "first_call", "machine"])  # fmt: skip
+                                 "pairs_per_second", "times_smaug", "largest_difference",
+                                 "first_call", "machine"])  # fmt: skip
             for provider, (cpu, seconds) in least.items():
                 away = "" if truth is None else f"{(scores[provider] - truth).abs().max().item():.2g}"
                 row = [time.strftime("%Y-%m-%d"), size, texts, clips, top, name, provider,
