@@ -24,7 +24,8 @@ from smaug.recipe import Recipe
 
 def recipe(size: str = "tiny") -> Recipe:
     model = SIZES[size]
-    video = replace(model.video, attend="frame", tubes="spread", frames=4 * model.video.tubelet, temporal_layers=1)
+    frames = (2 if size == "tiny" else 4) * model.video.tubelet
+    video = replace(model.video, attend="frame", tubes="spread", frames=frames, temporal_layers=1)
     fusion = FusionConfig(depth=1 if size == "tiny" else 3, heads=model.text.heads)
     return Recipe(
         name="qa",
