@@ -32,10 +32,11 @@ from smaug.visualise.picture import picture, short
 
 @dataclass(frozen=True)
 class Options:
-    run: Annotated[Path, tyro.conf.Positional]  # folder of a run
-    clip: Annotated[str, tyro.conf.Positional]  # a video or an image; or a clip's number in the evaluation data, from 0
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # folder of a run
+    # a video or an image; or a clip's number in the evaluation data, from 0
+    clip: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CLIP")]
     text: str | None = None  # to select moments for, and to look at the patches; default: the clip's first caption
-    out: Path | None = None  # of both files, without .png and .html; default: the clip's name and -look, here
+    out: Path | None = None  # both files' name, without .png and .html, or folder; default: the clip's name and -look
     block: int = -1  # of the fusion encoder, where the words look; from 0, or negative from the end
     split: Literal["val", "test"] = "test"  # of the embedded data set, where CLIP is a number
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -50,8 +51,9 @@ def main() -> int:
         if options.out is not None and not options.out.parent.is_dir():
             raise ValueError(f"--out {options.out}: there is no folder {options.out.parent}")
         run = load_run(options.run, options.device)
-        clips, number = open_clip(options, run, console)
+        clips, number, what = open_clip(options, run, console)
         sample = clips.samples[number]
+        out = name_files(options.out, sample)
         frames = run.recipe.eval_frames or run.model.video.config.frames
         run.model.video.config.times(frames)  # raises for a number that does not fill the tubes
         groups, bad = middle_frames(clips, [number], frames, view=run.model.video.config.view)
@@ -62,19 +64,16 @@ def main() -> int:
         if not wanted:
             raise ValueError("--text is empty: write what the clip is asked for, such as --text 'a dog runs'")
         shown = look(run, groups[0], wanted, options.block)
-        what = sample.name if clips.name == sample.name else f"clip {number} of {clips.name}"
         what = one_line(f'{what}, "{short(wanted, 160)}"')
-        out = options.out or Path(f"{Path(sample.name).stem}-look")
-        out = out.with_suffix("") if out.suffix in (".png", ".html") else out
-        with warnings.catch_warnings(record=True) as said:  # matplotlib's, of letters that its font lacks
+        with warnings.catch_warnings(record=True) as warned:
             drawn = picture(shown, what, wanted)
         model = f"recipe {run.recipe.name}, step {run.step}; {one_line(str(options.run))}"
         whole = page(shown, what, wanted, model)
-        for ending, data in ((".png", drawn), (".html", whole.encode())):
-            write(out.with_name(out.name + ending), data)
+        for path, data in zip(out, (drawn, whole.encode()), strict=True):
+            write(path, data)
         console.print(f"{'clip':<11}{what}", highlight=False, soft_wrap=True)
-        console.print(f"{'wrote':<11}{out}.png and {out}.html", highlight=False, soft_wrap=True)
-        if said:
+        console.print(f"{'wrote':<11}{out[0]} and {out[1]}", highlight=False, soft_wrap=True)
+        if any("missing from font" in str(one.message) for one in warned):
             console.print(f"{'note':<11}the picture's font lacks letters of this text; the page has them all")
         return 0
     except (ValueError, OSError, DamagedError) as error:
@@ -83,13 +82,13 @@ def main() -> int:
         return 130
 
 
-def open_clip(options: Options, run: Run, console: Console) -> tuple[Clips, int]:
-    """Clips, and the number of the one that is asked for: of the evaluation data, or of a file alone."""
+def open_clip(options: Options, run: Run, console: Console) -> tuple[Clips, int, str]:
+    """Clips, the number of the one that is asked for, of the evaluation data or of a file alone, and what it is."""
     if options.clip.isdecimal():
         clips, number = open_split(run.recipe, options.split, console, run.way.device), int(options.clip)
         if number >= len(clips):
             raise ValueError(f"clip {number}: {clips.name} has the clips 0 to {len(clips) - 1}")
-        return clips, number
+        return clips, number, f"clip {number} of {clips.name}"
     path, data = Path(options.clip), run.recipe.data
     reason, kind = file_reason(path), kind_of(path.suffix[1:])
     if reason:
@@ -102,7 +101,20 @@ def open_clip(options: Options, run: Run, console: Console) -> tuple[Clips, int]
         raise ValueError(f"{one_line(options.clip)} has no caption: say with --text what it is asked for")
     sample = Sample(path, kind, (options.text,), path.name)
     decoder = open_decoder(data.decoder, run.way.device, 1, data.clip_seconds)
-    return Clips(path.name, [sample], run.recipe.model.video.image_size, decoder, sampler=data.sampler), 0
+    size = run.recipe.model.video.image_size
+    return Clips(path.name, [sample], size, decoder, sampler=data.sampler), 0, path.name
+
+
+def name_files(asked: Path | None, sample: Sample) -> tuple[Path, Path]:
+    """The picture and the page. Raises ValueError where one of them would take the clip's place."""
+    own = f"{Path(sample.name).stem}-look"
+    out = Path(own) if asked is None else asked / own if asked.is_dir() else asked
+    name = out.stem if out.suffix in (".png", ".html") else out.name
+    files = out.with_name(f"{name}.png"), out.with_name(f"{name}.html")
+    for file in files:
+        if isinstance(sample.path, Path) and file.exists() and file.samefile(sample.path):
+            raise ValueError(f"--out {asked}: {file} is the clip itself; choose another name")
+    return files
 
 
 def write(path: Path, data: bytes) -> None:

@@ -28,21 +28,25 @@ def test_a_picture_and_a_page_are_written(folders, call, clips):
     assert len(colours) > 1000
     assert caption in Path("00005-look.html").read_text()
     # another text may select other moments, and is no formula
-    again = ["--text", "costs $_{ or \\frac$", "--out", "other.png", "--block", 0]
+    os.mkdir("there")
+    again = ["--text", "costs $_{ or \\frac$", "--out", "there", "--block", 0]
     assert call(command.main, folders / "whole", 5, *again)[0] == 0
-    assert Path("other.png").read_bytes() != Path("00005-look.png").read_bytes()
-    assert sorted(os.listdir()) == ["00005-look.html", "00005-look.png", "other.html", "other.png"]
+    assert Path("there/00005-look.png").read_bytes() != Path("00005-look.png").read_bytes()
+    assert sorted(os.listdir()) == ["00005-look.html", "00005-look.png", "there"]
 
 
 def test_a_file_needs_a_text(folders, call, clips, tmp_path):
     clip = tmp_path / "a clip[1].webm"
     clip.write_bytes(clips.samples[5].path.read_bytes())
     Image.new("RGB", (80, 60), "red").save(tmp_path / "pic.png")
-    code, out, err = call(command.main, folders / "masked", clip, "--text", "a ring", "--out", "x")
+    code, out, err = call(command.main, folders / "masked", clip, "--text", "a ring", "--out", "x.html")
     assert code == 0 and out.splitlines()[0] == 'clip       a clip[1].webm, "a ring"'  # no data set was opened
+    assert out.splitlines()[1:] == ["wrote      x.png and x.html"]
     code, out, _ = call(command.main, folders / "whole", "pic.png", "--text", "视频")
     # the clip stays as it is, and letters that are in no font here are said to be missing
     assert code == 0 and Image.open("pic.png").size == (80, 60) and Path("pic-look.png").exists()
+    code, _, err = call(command.main, folders / "whole", "pic.png", "--text", "a", "--out", "pic")
+    assert code == 1 and "pic.png is the clip itself" in err and Image.open("pic.png").size == (80, 60)
     code, _, err = call(command.main, folders / "whole", clip)
     assert code == 1 and "has no caption: say with --text" in err and err.count("\n") == 1
 
