@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable
 
 import numpy as np
+from PIL import Image
 
 from smaug.visualise.look import Shown
 
@@ -33,17 +34,17 @@ def picture(shown: Shown, what: str, wanted: str) -> bytes:
     height = GAP + LINE * len(heading) + sum(above) + len(rows) * cell + lines * (high + LINE + GAP) + 2 * GAP
 
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
+    canvas = Image.new("RGB", (width, height), "white")  # of all images: axes for each would take seconds
 
-    def write(x: float, y: float, said: str, points: int, at: str) -> None:
+    def write(x: float, y: float, said: str, points: int, at: str, ha: str = "left") -> None:
         # parse_math: a caption may have dollar signs
-        figure.text(x / width, 1 - y / height, said, va=at, fontsize=points, linespacing=1.4, parse_math=False)
+        figure.text(x / width, 1 - y / height, said, va=at, ha=ha, fontsize=points, linespacing=1.4, parse_math=False)
 
-    def show(image: np.ndarray, left: float, top: float, high: float, title: str, points: int) -> None:
-        across = high * image.shape[1] / image.shape[0]
-        axes = figure.add_axes((left / width, 1 - (top + high) / height, across / width, high / height))
-        axes.imshow(image, interpolation="nearest" if size <= high else "antialiased")
-        axes.set_title(title, fontsize=points, pad=3, parse_math=False)
-        axes.set_axis_off()
+    def show(image: np.ndarray, left: int, top: int, high: int, title: str, points: int) -> None:
+        wide = round(high * image.shape[1] / image.shape[0])
+        how = Image.Resampling.NEAREST if size <= high else Image.Resampling.LANCZOS
+        canvas.paste(Image.fromarray(image).resize((wide, high), how), (left, top))
+        write(left + wide / 2, top - 9, title, points, "baseline", "center")
 
     write(GAP, GAP, "\n".join(heading), 10, "top")
     top = GAP + LINE * len(heading)
@@ -61,6 +62,7 @@ def picture(shown: Shown, what: str, wanted: str) -> bytes:
         down, place = divmod(number, across)
         left, title = NAMES + place * (wide + GAP), short(word, wide // 9)
         show(image, left, top + GAP + LINE + down * (high + LINE + GAP), high, title, 7)
+    figure.figimage(np.asarray(canvas))
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()

@@ -80,7 +80,7 @@ def test_what_cannot_be_shown_is_told_in_a_sentence(folders, call, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
-        assert "No space left" in refused(whole, 0)
+        assert "No space left" in refused(folders / "masked", 0)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install -c constraints.txt -e '.[plots]'" in refused(whole, 0)
 
