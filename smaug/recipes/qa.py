@@ -34,6 +34,6 @@ def recipe(size: str = "tiny") -> Recipe:
         video_mask=VideoMask(ratio=0.0, kind="even"),
         text_mask=TextMask(ratio=0.0),
         objectives={"answer": Answer(decoder=fusion)},
-        data=DataConfig(batch=64),
-        optim=OptimConfig(lr=5e-4 if size == "tiny" else 1e-5, steps=1500),
+        data=DataConfig(batch=128 if size == "tiny" else 64),
+        optim=OptimConfig(lr=5e-4 if size == "tiny" else 1e-5, steps=1200),
     )
