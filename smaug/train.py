@@ -35,7 +35,7 @@ from smaug.data.manifest import ManifestError, Skip
 from smaug.data.shapes import DamagedError
 from smaug.data.text import train_tokenizer
 from smaug.evaluate.scores import evaluate, print_result, provenance
-from smaug.model.model import SIZES, Model
+from smaug.model.model import SIZES, Model, ModelConfig
 from smaug.objectives.mlm import Mlm
 from smaug.objectives.vtm import Vtm
 from smaug.optim import adamw, learning_rate
@@ -99,10 +99,7 @@ def parse(arguments: list[str]) -> tuple[Options, str]:
             raise ValueError(f"--init {init} is a run of the size {config['size']}, not of {asked}")
         size = config["size"]
         default = recipes.load(name, size)
-        model = recipes.from_json(config["recipe"]).model
-        if not model.fusion.depth:  # a dual encoder alone; the recipe brings what it needs
-            model = replace(model, fusion=default.model.fusion)
-        default = replace(default, model=model)
+        default = replace(default, model=begun_from(recipes.from_json(config["recipe"]).model, default.model))
     else:
         default = recipes.load(name, size)
     options = tyro.cli(
@@ -120,6 +117,14 @@ def parse(arguments: list[str]) -> tuple[Options, str]:
             f"config.json: {changed or '--fast'}. Leave it out, or start a new run."
         )
     return options, size
+
+
+def begun_from(saved: ModelConfig, own: ModelConfig) -> ModelConfig:
+    """What a recipe makes of a trained model: pruning and frames are the recipe's, as is what that model lacks."""
+    video = replace(
+        saved.video, prune=own.video.prune, frames=own.video.frames // own.video.tubelet * saved.video.tubelet
+    )
+    return replace(saved, video=video, fusion=saved.fusion if saved.fusion.depth else own.fusion)
 
 
 def _take(arguments: list[str], flag: str) -> str | None:

@@ -125,7 +125,7 @@ def score_questions(
         )
 
     plain = score(how.shuffle)
-    result: dict[str, Any] = plain.scores()
+    result: dict[str, Any] = plain.scores(clips.subsets)
     controls = {"prior": priors(plain.samples)}
     if how.controls:
         controls["shuffled"] = (plain if how.shuffle else score(True)).scores()
