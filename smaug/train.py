@@ -232,6 +232,7 @@ def run(options: Options, size: str, command: str) -> int:
     result |= {
         **totals,
         **provenance(recipe.data, recipe.data),
+        "init": str(init) if init else None,
         "checkpoint": checkpoint.fingerprint(folder / "checkpoints", int(totals["step"])),
         "recipe": recipe.name,
         "size": size,

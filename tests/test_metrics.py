@@ -1,4 +1,4 @@
-"""Ranks, recalls, accuracy: against torchmetrics, scikit-learn and counting by hand, and ties against the model."""
+"""Ranks and recalls: against torchmetrics, scikit-learn and counting by hand, and ties against the model."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torchmetrics.functional.retrieval import retrieval_hit_rate, retrieval_recall, retrieval_reciprocal_rank
 
 from smaug import metrics
-from smaug.metrics import accuracies, recalls, retrieval_ranks, right_answers
+from smaug.metrics import recalls, retrieval_ranks
 
 INF, NAN = math.inf, math.nan
 
@@ -142,28 +142,6 @@ def test_ties_against_torchmetrics_and_scikit_learn(case):
     square = scores[:, : len(scores)] if len(scores) <= scores.shape[1] else scores[: scores.shape[1]]
     one = torch.arange(len(square))
     assert torch.equal(metrics.video_to_text_ranks(square.T, one), metrics.text_to_video_ranks(square, one))
-
-
-@given(tied(), st.lists(st.sampled_from(["what", "who", "when", ""]), min_size=5, max_size=5))
-def test_accuracy_by_type_against_scikit_learn(case, types):
-    scores, own = case
-    kinds = types[: len(own)]
-    unknown = own.masked_fill(torch.tensor([t == "when" for t in kinds]), -1)  # outside the list: always wrong
-    found = accuracies(right_answers(scores, unknown), kinds)
-    said = against(scores, own).argmax(1)
-    labels = unknown.numpy()
-    assert found.pop("acc") == pytest.approx(sklearn.metrics.accuracy_score(labels, said.numpy()))
-    assert set(found) == {f"acc_{kind}" for kind in kinds if kind}
-    for kind in set(kinds) - {""}:
-        mine = np.array([t == kind for t in kinds])
-        assert found[f"acc_{kind}"] == pytest.approx(sklearn.metrics.accuracy_score(labels[mine], said.numpy()[mine]))
-
-
-def test_right_answers_at_the_edges():
-    scores = torch.tensor([[NAN, 0.0], [1.0, NAN], [1.0, 1.0], [2.0, -INF], [-INF, -INF], [INF, INF], [5.0, 1.0]])
-    assert right_answers(scores, torch.tensor([0, 0, 0, 0, 0, 0, -1])).tolist() == [False] * 3 + [True] + [False] * 3
-    with pytest.raises(ValueError, match="2 answers have 3 types"):
-        accuracies(torch.tensor([True, False]), ["a", "b", "c"])
 
 
 def test_ranks_in_parts_are_the_same(monkeypatch):
