@@ -141,18 +141,19 @@ def _rows(x: Tensor) -> Tensor:
     return torch.arange(x.numel(), device=x.device) // x.shape[1]
 
 
-def _match(
+def match_logits(
     model: Model,
     videos: EncodedVideo,
     features: Tensor,
     words: PackedTokens,
     text_ids: Tensor,
     video_ids: Tensor,
-    sparse: bool,
+    sparse: bool = True,
 ) -> Tensor:
-    """Match scores of the pairs (text_ids[i], video_ids[i]), (texts, videos) fp32 on the host; -inf for all others."""
+    """Match head's no and yes of the pairs (text_ids[i], video_ids[i]), (n, 2) fp32. features and words: see
+    `TextEncoder`. Without `sparse` every frame is fused."""
     assert model.fusion is not None
-    scores = torch.full((len(features), len(videos.features)), float("-inf"))
+    logits: list[Tensor] = [features.new_empty(0, 2, dtype=torch.float32)]
     bounds = words.cu_seqlens.tolist()
     for start in range(0, len(text_ids), PAIRS):
         pair_texts, pair_videos = text_ids[start : start + PAIRS], video_ids[start : start + PAIRS]
@@ -165,6 +166,21 @@ def _match(
         if model.selector is not None and sparse:
             kv_ids, gate = model.selector(videos.summaries, features.index_select(0, pair_texts), kv_ids)
         fused = model.fusion([texts], videos.frames, kv_ids, gate, rows=texts.first_rows(), lengths=1)
-        logits = model.heads["vtm"](fused.values).float()
-        scores[pair_texts.cpu(), pair_videos.cpu()] = (logits[:, 1] - logits[:, 0]).cpu()
+        logits.append(model.heads["vtm"](fused.values).float())
+    return torch.cat(logits)
+
+
+def _match(
+    model: Model,
+    videos: EncodedVideo,
+    features: Tensor,
+    words: PackedTokens,
+    text_ids: Tensor,
+    video_ids: Tensor,
+    sparse: bool,
+) -> Tensor:
+    """Match scores of the pairs, (texts, videos) fp32 on the host; -inf for all others."""
+    scores = torch.full((len(features), len(videos.features)), float("-inf"))
+    no, yes = match_logits(model, videos, features, words, text_ids, video_ids, sparse).cpu().unbind(1)
+    scores[text_ids.cpu(), video_ids.cpu()] = yes - no
     return scores
