@@ -18,12 +18,13 @@ import functools
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,7 @@ import torch
 import tyro
 from PIL import Image, ImageOps
 from rich.console import Console
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -40,8 +42,9 @@ from torch.nn.utils.rnn import pad_sequence
 import smaug.integrations.transformers  # noqa: F401  before transformers itself: see the trap that it steps around
 from smaug import recipe as recipes
 from smaug.data import text as words
-from smaug.data.decode import Want, open_decoder
-from smaug.data.decode.images import square
+from smaug.data.decode import DecodeError, Want, open_decoder
+from smaug.data.decode.images import rgb, square
+from smaug.data.decode.pyav import middle_squares
 from smaug.data.frames import Pick
 from smaug.data.media import kind_of
 from smaug.device import Way, choose
@@ -50,7 +53,7 @@ from smaug.evaluate.retrieval import match_logits
 from smaug.model.video_encoder import EncodedVideo
 from smaug.objectives.vtc import VtcHeads
 from smaug.recipe import Recipe
-from smaug.run import Run, build, load_run, read_config, refuse
+from smaug.run import Run, build, load_run, read_config, read_tokenizer, refuse
 from smaug.tokens import PackedTokens, packed_ragged
 
 INSTALL = "pip install -c constraints.txt -e '.[hub]'"
@@ -60,6 +63,7 @@ try:
         HFValidationError,
         HTTPError,
     )  # of the library it speaks HTTP by, which changes with its version
+    from huggingface_hub.utils import validate_repo_id
     from transformers import (
         AutoConfig,
         AutoModel,
@@ -71,7 +75,7 @@ try:
         ProcessorMixin,
         initialization,
     )
-    from transformers.utils import ModelOutput
+    from transformers.utils import ModelOutput, logging
 
     from smaug.integrations.model_card import LOAD, model_card
 except ImportError as error:
@@ -100,14 +104,17 @@ class SmaugConfig(PreTrainedConfig):
     fast: bool = False
     run: dict[str, Any] | None = None
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        if kwargs.get("transformers_weights"):  # a file that transformers would load, be it a pickle
+            raise ValueError("smaug takes no transformers_weights in a config.json; the weights are model.safetensors")
+        super().__post_init__(**kwargs)
+
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Source, **kwargs: Any) -> tuple[dict[str, Any], Any]:
         if _is_run(pretrained_model_name_or_path):
             return _read_run(Path(pretrained_model_name_or_path))[0], kwargs
-        found, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if "transformers_weights" in found:  # the name of a file to load, and it may be a pickle's
-            raise ValueError(f"{pretrained_model_name_or_path}: smaug takes no transformers_weights in a config.json")
-        return found, kwargs
+        found: tuple[dict[str, Any], Any] = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return found
 
     def to_recipe(self) -> Recipe:
         """Raises ValueError for a recipe of another version of smaug."""
@@ -141,11 +148,13 @@ class SmaugModel(PreTrainedModel):
 
     config_class = SmaugConfig
     main_input_name = "pixel_values_videos"
+    _made = False
 
     def __init__(self, config: SmaugConfig) -> None:
         super().__init__(config)
         self.model = build(config.to_recipe(), config.vocab_size, "auto" if config.fast else "reference")
         self.post_init()
+        self._made = True
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Source | None, *args: Any, **kwargs: Any) -> Any:
@@ -167,12 +176,14 @@ class SmaugModel(PreTrainedModel):
             _only_safetensors(source / (kwargs.get("subfolder") or ""))
         return super().from_pretrained(source, *args, **kwargs)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """What a checkpoint lacks, of which transformers warns, is as in a new model of the recipe."""
-        if module is self.model:
-            fresh = build(self.config.to_recipe(), self.config.vocab_size, "reference").state_dict()
-            for name, parameter in module.named_parameters():
-                initialization.copy_(parameter, fresh[name])
+    def initialize_weights(self) -> None:
+        """What a checkpoint lacks, of which transformers warns, becomes as in a new model of the recipe."""
+        missing = {n: p for n, p in self.model.named_parameters() if not getattr(p, "_is_hf_initialized", False)}
+        if not self._made or not missing:  # transformers calls it in __init__, too, when all is new
+            return
+        fresh = build(self.config.to_recipe(), self.config.vocab_size, "reference").state_dict()
+        for name, parameter in missing.items():
+            initialization.copy_(parameter, fresh[name])
 
     def forward(
         self,
@@ -247,7 +258,10 @@ class SmaugModel(PreTrainedModel):
 
     def _save(self, folder: Source, name: str, *args: Any, **kwargs: Any) -> None:
         _not_into_a_run(folder)
-        super().save_pretrained(folder, *args, **kwargs)
+        try:
+            super().save_pretrained(folder, *args, **kwargs)
+        except SafetensorError as error:  # a full disk
+            raise OSError(f"{folder} cannot be written: {error}") from None
         for weights in Path(folder).glob("*.safetensors"):  # safetensors writes for the owner alone
             weights.chmod((Path(folder) / "config.json").stat().st_mode)
         card = Path(folder) / "README.md"
@@ -331,8 +345,8 @@ class SmaugProcessor(ProcessorMixin):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         folder = Path(pretrained_model_name_or_path)
         config = read_config(folder)
-        own = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        return cls(_tokenizer(recipes.from_json(config["recipe"]), own), config["recipe"], kwargs.get("frames"))
+        own = _tokenizer(recipes.from_json(config["recipe"]), read_tokenizer(folder))
+        return cls(own, config["recipe"], kwargs.get("frames"))
 
     def __call__(
         self,
@@ -413,17 +427,15 @@ class SmaugProcessor(ProcessorMixin):
         files = [number for number, one in enumerate(given) if isinstance(one, str | os.PathLike)]
         seen = dict(zip(files, self._read([Path(given[n]) for n in files], kind, pick), strict=True))
         for number, one in enumerate(given):
-            if number not in seen:
-                rate = frame_rate
-                if kind == "video" and rate is None:
-                    if self._recipe.data.sampler.kind == "fps":
-                        raise ValueError(
-                            "the run samples frames by time: say the frame_rate of videos that are no files"
-                        )
-                    rate = 1.0
-                seen[number] = _squares(one, video.image_size, pick if kind == "video" else None, rate)
-        shapes = sorted({len(frames) for frames in seen.values()})
-        if len(shapes) > 1:
+            if number in seen:
+                continue
+            if kind == "image":
+                seen[number] = _picture(one, video.image_size)
+            elif frame_rate is None and self._recipe.data.sampler.kind == "fps":
+                raise ValueError("the run samples frames by time: say the frame_rate of videos that are no files")
+            else:
+                seen[number] = _clip(one, video.image_size, pick, frame_rate or 1.0)
+        if len({len(frames) for frames in seen.values()}) > 1:
             raise ValueError("videos and pictures have different numbers of frames; give pictures by images=, apart")
         return torch.stack([seen[number] for number in range(len(given))])
 
@@ -452,34 +464,40 @@ def _each(given: Any, dimensions: int) -> list[Any]:
     """One or several as a list. One: a path, a picture, an array of so many dimensions, the pictures of a video."""
     if isinstance(given, str | os.PathLike | Image.Image) or getattr(given, "ndim", None) == dimensions:
         return [given]
-    several = list(given)
-    if dimensions == 4 and several and all(isinstance(one, Image.Image) for one in several):
-        return [several]
-    if not several:
-        raise ValueError("an empty list has no videos and no images")
-    return several
+    if not isinstance(given, Iterable) or not (several := list(given)):
+        raise ValueError(f"videos and images are paths, arrays or PIL images, one or several, not {given!r}")
+    return [several] if dimensions == 4 and all(isinstance(one, Image.Image) for one in several) else several
 
 
-def _squares(given: Any, size: int, pick: Pick | None, frame_rate: float | None) -> Tensor:
-    """Picked frames of an array, a tensor or PIL images, or all where there is no `pick`: (F, size, size, 3) uint8."""
-    if isinstance(given, Image.Image):
-        frames: list[Image.Image] = [given]
-    elif isinstance(given, Sequence) and given and all(isinstance(one, Image.Image) for one in given):
-        frames = list(given)
-    else:
-        array = given.cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
-        array = array[None] if pick is None and array.ndim == 3 else array
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or not array.size:
-            expected = "(H, W, 3)" if pick is None else "(F, H, W, 3)"
-            raise ValueError(
-                f"a path, PIL images or a {expected} uint8 array is expected, not {type(given).__name__} of shape "
-                f"{array.shape} and type {array.dtype}"
-            )
-        frames = [Image.fromarray(frame) for frame in array]
-    if pick is not None:
-        assert frame_rate is not None
-        frames = [frames[number] for number in pick(np.arange(len(frames)) / frame_rate)]
-    return torch.from_numpy(np.stack([np.asarray(square(ImageOps.exif_transpose(f), size)) for f in frames]))
+def _clip(given: Any, size: int, pick: Pick, frame_rate: float) -> Tensor:
+    """Picked frames of a video in memory: (F, size, size, 3) uint8, resized as those of a file are."""
+    pictures = isinstance(given, Sequence) and bool(given) and all(isinstance(one, Image.Image) for one in given)
+    frames = given if pictures else _array(given, "(F, H, W, 3)")
+    chosen = [frames[number] for number in pick(np.arange(len(frames)) / frame_rate)]
+    if pictures and len({one.size for one in chosen}) > 1:
+        raise ValueError("the PIL images of a video are of one size")
+    try:
+        squares = middle_squares([np.asarray(rgb(one)) if pictures else one for one in chosen], size)
+    except DecodeError as error:
+        raise ValueError(f"a video cannot be used: {error.reason}") from None
+    return torch.from_numpy(squares)
+
+
+def _picture(given: Any, size: int) -> Tensor:
+    """The same of a picture: (1, size, size, 3)."""
+    if not isinstance(given, Image.Image):
+        given = Image.fromarray(_array(given, "(H, W, 3)"))
+    return torch.from_numpy(np.asarray(square(ImageOps.exif_transpose(given), size))[None].copy())
+
+
+def _array(given: Any, expected: str) -> np.ndarray:
+    array = given.cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+    if array.dtype != np.uint8 or array.ndim != expected.count(",") + 1 or array.shape[-1] != 3 or not array.size:
+        raise ValueError(
+            f"a path, PIL images or a {expected} uint8 array is expected, not {type(given).__name__} of shape "
+            f"{array.shape} and type {array.dtype}"
+        )
+    return array
 
 
 def _tokenizer(recipe: Recipe, own: Tokenizer) -> Any:
@@ -630,38 +648,43 @@ def export(run: Path, out: Path, name: str | None = None) -> None:
 class Options:
     run: Annotated[Path, tyro.conf.Positional]  # folder of a run
     out: Annotated[Path, tyro.conf.Positional]  # folder to write
-    push: str | None = None  # name on the Hub to upload it to, as in alice/smaug-tiny
+    push: str | None = None  # also upload it under this name, as alice/smaug-tiny; it quotes the run's command
 
 
 def main() -> int:
     options = tyro.cli(Options, prog="python -m smaug.integrations.hub", description=__doc__)
     console = Console(markup=False)
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, soft_wrap=True)
+
+    logging.disable_progress_bar()  # of transformers, for moments; that of an upload stays
     try:
+        if options.push is not None:
+            validate_repo_id(options.push)
         export(options.run, options.out, options.push)
-        console.print(f"{options.out} holds the model, its processor and a model card. To use it:\n", highlight=False)
-        console.print(LOAD.format(name=str(options.out)), highlight=False, soft_wrap=True)
-        console.print(
-            f"\nRead {options.out}/README.md before it leaves this machine: it and config.json quote the command of "
-            "the run, with its paths.",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
-        if options.push is None:
-            console.print(f"To share it: hf upload NAME {options.out}", highlight=False, soft_wrap=True)
-            return 0
-        try:
-            url = _push(lambda folder, _: shutil.copytree(options.out, folder, dirs_exist_ok=True), options.push)
-        except (OSError, ValueError, HTTPError) as error:
-            why = " ".join(str(error).split())
-            raise ValueError(
-                f"{options.out} is whole, but was not pushed to {options.push}: {why} When that is mended: "
-                f"hf upload {options.push} {options.out}"
-            ) from None
-        console.print(f"pushed to {url}", highlight=False, soft_wrap=True)
+        say(f"{options.out} holds the model, its processor and a model card. To use it:\n")
+        say(LOAD.format(name=str(options.out)) + "\n")
+        if options.push is not None:
+            say(f"pushed to {_push_folder(options.out, options.push)}")
+        else:
+            say(f"README.md and config.json quote the command of the run, with its paths: read {options.out}/README.md")
+            say(f"before you share it. To share it: hf upload NAME {shlex.quote(str(options.out))}")
         return 0
     except (ValueError, OSError) as error:
         return refuse(error)
     except KeyboardInterrupt:
         return 130
+
+
+def _push_folder(out: Path, name: str) -> str:
+    try:
+        return _push(lambda folder, _: shutil.copytree(out, folder, dirs_exist_ok=True), name)
+    except (OSError, ValueError, HTTPError) as error:
+        raise ValueError(
+            f"{out} is whole, but could not be pushed to {name} ({' '.join(str(error).split())}). When that is mended, "
+            f"or after `hf auth login`: hf upload {name} {shlex.quote(str(out))}"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -113,8 +113,8 @@ def _cost(run: dict[str, Any], result: dict[str, Any] | None) -> str:
     share = result["tokens_computed"] / max(1, result["tokens_dense"])
     return (
         f"{result['device_seconds'] / 3600:.3g} device-hours ({result['wall_seconds'] / 60:.1f} minutes in all, with "
-        f"data and evaluation) on {where}. {result['tokens_computed'] / 1e6:.1f} M tokens computed; a dense model would "
-        f"have computed {result['tokens_dense'] / 1e6:.1f} M ({share:.0%})."
+        f"data and evaluation) on {where}. {result['tokens_computed'] / 1e6:.1f} M tokens computed; a dense model "
+        f"would have computed {result['tokens_dense'] / 1e6:.1f} M ({share:.0%})."
     )
 
 

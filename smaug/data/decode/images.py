@@ -52,7 +52,7 @@ def read_image(source: Media | str, size: int, *, crop: Crop | None = None, flip
 
 def square(upright: Image.Image, size: int, crop: Crop | None = None) -> Image.Image:
     """`crop` of a picture, or its middle square, by an antialiased bicubic filter, on white: (size, size) in RGB."""
-    upright = _rgb(upright)
+    upright = rgb(upright)
     if crop is None:
         height = width = float(min(upright.size))
         top, left = (upright.height - height) // 2, (upright.width - width) // 2
@@ -63,7 +63,7 @@ def square(upright: Image.Image, size: int, crop: Crop | None = None) -> Image.I
     return upright.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB, transparent parts white, 16-bit gray by its upper byte (Pillow's own conversion clips it)."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
