@@ -270,9 +270,12 @@ class SmaugModel(PreTrainedModel):
         if card.exists():
             warnings.warn(f"{card} was there already and is kept; it may tell of other weights", stacklevel=3)
             return
-        changed = _checksum(self.model) != self.config.run["weights"]
-        parameters = self.num_parameters()
-        model_card(self.config.to_recipe(), self.config.run, name, parameters=parameters, changed=changed).save(card)
+        about = {
+            "parameters": self.num_parameters(),
+            "changed": _checksum(self.model) != self.config.run["weights"],
+            "starts": _starts(self.config.recipe),
+        }
+        model_card(self.config.to_recipe(), self.config.run, name, **about).save(card)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.dtype is not torch.float32 or torch.is_autocast_enabled(self.device.type):
@@ -574,16 +577,30 @@ def _not_into_a_run(folder: Source) -> None:
 def _read_run(folder: Path) -> tuple[dict[str, Any], Run]:
     """The fields of SmaugConfig, and the run itself."""
     config, run = read_config(folder), load_run(folder, "cpu")
-    told = {key: config.get(key) for key in ("size", "fast", "command", "machine", "smaug")}
+    told = {key: config[key] for key in ("size", "fast", "command", "machine", "smaug")}
     told |= {"step": run.step, "weights": _checksum(run.model)}
-    result = folder / "result.json"
-    if result.exists():
-        found = json.loads(result.read_text())
-        if found["step"] == run.step:  # else they are the scores of other weights
+    path = folder / "result.json"
+    if path.exists():
+        try:
+            result = json.loads(path.read_text())
             # the names of the files that were skipped are nobody's business
-            told["result"] = found | {"evaluation_skipped": len(found["evaluation_skipped"])}
+            result["evaluation_skipped"] = len(result["evaluation_skipped"])
+            same = result["step"] == run.step
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it, or write it again by --resume") from None
+        if same:  # else they are the scores of other weights
+            told["result"] = result
     fields = {"recipe": config["recipe"], "vocab_size": run.tokenizer.get_vocab_size(), "fast": config["fast"]}
     return fields | {"run": told}, run
+
+
+def _starts(recipe: Any) -> list[str]:
+    """Checkpoints that the parts of the model began from, by a recipe as JSON."""
+    return list(
+        dict.fromkeys(
+            part["start"] for part in recipe["model"].values() if isinstance(part, dict) and part.get("start")
+        )
+    )
 
 
 def _checksum(model: nn.Module) -> int:

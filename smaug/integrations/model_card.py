@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from smaug.objectives.mlm import Mlm
 from smaug.recipe import Recipe
 
-SCORES = {  # keys of a run's result.json, as a person reads them
-    "t2v_r1": "text to video, R@1",
-    "t2v_r5": "text to video, R@5",
-    "t2v_r10": "text to video, R@10",
-    "v2t_r1": "video to text, R@1",
-    "v2t_r5": "video to text, R@5",
-    "v2t_r10": "video to text, R@10",
-    "t2v_r1_dual": "text to video, R@1 by the vectors alone",
-    "v2t_r1_dual": "video to text, R@1 by the vectors alone",
-    "t2v_r1_dense": "text to video, R@1, nothing pruned or left out",
-    "t2v_r1_shuffled": "text to video, R@1, each clip's frames in a random order",
-    "t2v_r1_new_combinations": "text to video, R@1, new combinations",
+DIRECTIONS = {"t2v": "text to video", "v2t": "video to text"}
+METRICS = {  # keys of a run's result.json -> the Hub's name of the metric, and a person's
+    "r1": ("recall_at_1", "R@1"),
+    "r5": ("recall_at_5", "R@5"),
+    "r10": ("recall_at_10", "R@10"),
+    "medr": ("median_rank", "median rank"),
 }
-MEDIANS = {"t2v_medr": "text to video, median rank", "v2t_medr": "video to text, median rank"}
+COMPARED = {  # R@1 in the same file
+    "t2v_r1_dual": "text to video, by the vectors alone",
+    "v2t_r1_dual": "video to text, by the vectors alone",
+    "t2v_r1_dense": "text to video, nothing pruned or left out",
+    "t2v_r1_shuffled": "text to video, each clip's frames in a random order",
+    "t2v_r1_new_combinations": "text to video, combinations that training never showed",
+}
 
 LOAD = """\
 from smaug.integrations.hub import SmaugModel, SmaugProcessor
@@ -30,16 +31,34 @@ model, processor = SmaugModel.from_pretrained({name!r}), SmaugProcessor.from_pre
 vectors = model.embed_videos(**processor(videos=["clip.mp4"]))"""
 
 
-def model_card(recipe: Recipe, run: dict[str, Any], name: str, *, parameters: int, changed: bool) -> ModelCard:
-    """`run`: what `SmaugConfig.run` holds. name: a folder, or a name on the Hub. changed: the weights are no longer
-    those that were evaluated, so the scores are told in words, and not in the metadata that the Hub compares by."""
+def model_card(
+    recipe: Recipe, run: dict[str, Any], name: str, *, parameters: int, changed: bool, starts: Sequence[str] = ()
+) -> ModelCard:
+    """The card, with its metadata. Scores that are not of these weights on held-out pairs stay out of the metadata.
+
+    run         what `SmaugConfig.run` holds; ValueError for a result.json of another version of smaug
+    name        by which the model is loaded: a folder, or a name on the Hub
+    changed     the weights are no longer those that were evaluated
+    starts      checkpoints of others that the training began from
+    """
+    try:
+        return _card(recipe, run, name, parameters, changed, starts)
+    except KeyError as error:
+        raise ValueError(
+            f"the run's result.json lacks {error}; write it again: python -m smaug.train --resume"
+        ) from None
+
+
+def _card(
+    recipe: Recipe, run: dict[str, Any], name: str, parameters: int, changed: bool, starts: Sequence[str]
+) -> ModelCard:
     result = run.get("result")
     own_data = bool(recipe.data.manifest)
     held_out = not own_data or bool(recipe.data.eval_manifest)
     title = f"smaug: recipe {recipe.name}, size {run['size']}"
     data = ModelCardData(
         library_name="smaug",
-        license="other" if own_data else "apache-2.0",
+        license="other" if own_data or starts else "apache-2.0",
         pipeline_tag="feature-extraction",
         tags=["video-text-retrieval", "transformers"],
         model_name=title,
@@ -53,26 +72,25 @@ def model_card(recipe: Recipe, run: dict[str, Any], name: str, *, parameters: in
         f"```python\n{LOAD.format(name=name)}\n```\n\n{_input(recipe)}",
         "## Scores\n\n" + _scores(result, held_out, changed),
         "## Cost\n\n" + _cost(run, result),
-        "## Training\n\n" + "\n".join(f"- {line}" for line in _training(recipe, run, result)),
+        "## Training\n\n" + "\n".join(f"- {line}" for line in _training(recipe, run, result, starts)),
         f"The command:\n\n```\n{run['command']}\n```",
-        "## Licence\n\n" + _licence(own_data),
+        "## Licence\n\n" + _licence(own_data, starts),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
 def _index(result: dict[str, Any]) -> Iterator[EvalResult]:
     """Of the model as it is, not of the comparisons with it."""
-    for key, what in (SCORES | MEDIANS).items():
-        if key.count("_") == 1:
-            kind = "median_rank" if key in MEDIANS else f"recall_at_{key.split('_')[1].removeprefix('r')}"
+    for direction, what in DIRECTIONS.items():
+        for key, (kind, name) in METRICS.items():
             yield EvalResult(
                 task_type="feature-extraction",
                 task_name="text-video retrieval",
                 dataset_type=result["evaluated_on"].split()[0],
                 dataset_name=f"{result['evaluated_on']}, {result['candidates']:.0f} candidates",
                 metric_type=kind,
-                metric_name=what,
-                metric_value=round(result[key], 4),
+                metric_name=f"{what}, {name}",
+                metric_value=round(result[f"{direction}_{key}"], 4),
             )
 
 
@@ -81,7 +99,7 @@ def _input(recipe: Recipe) -> str:
     frames = recipe.eval_frames or video.frames
     return (
         f"It sees {frames} frames of a video, the middle square of each at {video.image_size} x {video.image_size} "
-        f"pixels, and at most {recipe.model.text.max_words - 1} word pieces of a text."
+        f"pixels, and at most {recipe.model.text.max_words} word pieces of a text, [CLS] among them."
     )
 
 
@@ -97,9 +115,11 @@ def _scores(result: dict[str, Any] | None, held_out: bool, changed: bool) -> str
         lines.append("**The weights were changed or rounded since: these scores are of the run that they come from.**")
     if result["evaluation_skipped"]:
         lines.append(f"{result['evaluation_skipped']} clips could not be decoded and are left out.")
-    table = ["| | |", "|---|---|"]
-    table += [f"| {what} | {result[key]:.1%} |" for key, what in SCORES.items() if key in result]
-    table += [f"| {what} | {result[key]:g} |" for key, what in MEDIANS.items() if key in result]
+    table = ["| | " + " | ".join(name for _, name in METRICS.values()) + " |", "|---|---|---|---|---|"]
+    for direction, what in DIRECTIONS.items():
+        recalls = " | ".join(f"{result[f'{direction}_{key}']:.1%}" for key in ("r1", "r5", "r10"))
+        table.append(f"| {what} | {recalls} | {result[f'{direction}_medr']:g} |")
+    table += [f"| {what} | {result[key]:.1%} | | | |" for key, what in COMPARED.items() if key in result]
     return " ".join(lines) + "\n\n" + "\n".join(table)
 
 
@@ -113,12 +133,14 @@ def _cost(run: dict[str, Any], result: dict[str, Any] | None) -> str:
     share = result["tokens_computed"] / max(1, result["tokens_dense"])
     return (
         f"{result['device_seconds'] / 3600:.3g} device-hours ({result['wall_seconds'] / 60:.1f} minutes in all, with "
-        f"data and evaluation) on {where}. {result['tokens_computed'] / 1e6:.1f} M tokens computed; a dense model "
-        f"would have computed {result['tokens_dense'] / 1e6:.1f} M ({share:.0%})."
+        f"data and evaluation) on {where}. {result['tokens_computed'] / 1e6:.3g} M tokens computed; a dense model "
+        f"would have computed {result['tokens_dense'] / 1e6:.3g} M ({share:.0%})."
     )
 
 
-def _training(recipe: Recipe, run: dict[str, Any], result: dict[str, Any] | None) -> Iterator[str]:
+def _training(
+    recipe: Recipe, run: dict[str, Any], result: dict[str, Any] | None, starts: Sequence[str]
+) -> Iterator[str]:
     data, video = recipe.data, recipe.model.video
     yield "data: " + (
         f"the user's own, from {' '.join(path.name for path in data.manifest)}"
@@ -129,6 +151,8 @@ def _training(recipe: Recipe, run: dict[str, Any], result: dict[str, Any] | None
         yield f"{run['step']} of the recipe's {recipe.optim.steps} steps of {result['batch']} pairs, seed {recipe.seed}"
     else:
         yield f"{run['step']} of the recipe's {recipe.optim.steps} steps, seed {recipe.seed}"
+    if starts:
+        yield f"began from {' and '.join(starts)}"
     yield f"objectives: {', '.join(recipe.objectives)}"
     yield (
         f"frames: {video.frames} of a clip in training, a token is {video.tubelet} frames of "
@@ -136,21 +160,27 @@ def _training(recipe: Recipe, run: dict[str, Any], result: dict[str, Any] | None
     )
     if recipe.video_mask.ratio:
         last = f", none in the last {recipe.unmask_last:.0%} of the steps" if recipe.unmask_last else ""
-        yield f"masked: {recipe.video_mask.ratio:.0%} of the patches ({recipe.video_mask.kind}){last}"
+        yield f"masked in training: {recipe.video_mask.ratio:.0%} of the patches ({recipe.video_mask.kind}){last}"
     if recipe.text_mask.ratio:
-        yield f"masked: {recipe.text_mask.ratio:.0%} of the words of the contrast"
+        yield f"masked in training: {recipe.text_mask.ratio:.0%} of the words that the contrast sees"
+    for name, objective in recipe.objectives.items():
+        if isinstance(objective, Mlm):
+            yield f"masked in training: {objective.ratio:.0%} of the words that {name} asks for"
     if video.prune.blocks:
         blocks = ", ".join(str(block) for block in video.prune.blocks)
-        yield f"pruned: {1 - video.prune.keep:.0%} of the patches at each of the blocks {blocks}, from 0; also in use"
+        yield f"pruned, in use too: {1 - video.prune.keep:.0%} of a frame's patches at each of blocks {blocks} (from 0)"
     if recipe.model.selector.keep:
-        yield f"selected: {recipe.model.selector.keep} frames a pair of text and video, for the match head; also in use"
+        moments = f"{recipe.model.selector.keep} of {video.times(video.frames)} moments of a clip"
+        yield f"selected, in use too: {moments}, by the text that the match head compares with it"
     yield "computed in " + ("the fastest way of the machine (`--fast`)" if run["fast"] else "fp32")
 
 
-def _licence(own_data: bool) -> str:
+def _licence(own_data: bool, starts: Sequence[str]) -> str:
+    if not own_data and not starts:
+        return "Apache-2.0, code and weights: the data set `shapes` is rendered by smaug itself."
+    said = "The code that made these weights is Apache-2.0."
     if own_data:
-        return (
-            "The code that made them is Apache-2.0. The weights were trained on data of the user's own, whose licence "
-            "smaug does not know: whoever publishes them has to say what it allows."
-        )
-    return "Apache-2.0, code and weights: the data set `shapes` is rendered by smaug itself."
+        said += " They were trained on data of the user's own, whose licence smaug does not know."
+    if starts:
+        said += f" They began from {' and '.join(starts)}, whose licence applies to them too."
+    return said + " Whoever publishes them has to say what it allows."

@@ -32,6 +32,7 @@ from smaug.data.loader import middle_frames
 from smaug.embed import embed_texts, embed_videos
 from smaug.integrations import hub
 from smaug.integrations.hub import SmaugConfig, SmaugModel, SmaugProcessor, export
+from smaug.integrations.model_card import model_card
 from smaug.run import load_run, open_split
 
 SMALL = [
@@ -341,11 +342,14 @@ def test_the_card_tells_what_the_run_knows(run, exported):
         "video to text, R@10": round(result["v2t_r10"], 4), "video to text, median rank": result["v2t_medr"],
     }  # fmt: skip
     text = card.text
-    assert f"by the vectors alone | {result['t2v_r1_dual']:.1%} |" in text
+    assert f"| text to video, by the vectors alone | {result['t2v_r1_dual']:.1%} | | | |" in text
+    recalls = " | ".join(f"{result[f'v2t_{key}']:.1%}" for key in ("r1", "r5", "r10"))
+    assert f"| video to text | {recalls} | {result['v2t_medr']:g} |" in text
     assert f"{result['device_seconds'] / 3600:.3g} device-hours" in text and result["machine"] in text
     assert json.loads((run / "config.json").read_text())["command"] in text
     assert "2 of the recipe's 2 steps of 16 pairs" in text and "50% of the patches (even)" in text
-    assert "pruned: 70% of the patches at each of the blocks 0" in text and "selected: 1 frames" in text
+    assert "70% of a frame's patches at each of blocks 0" in text and "1 of 2 moments of a clip" in text
+    assert "50% of the words that mlm asks for" in text
     code = re.search(r"```python\n(.*?)```", text, re.S)[1]
     assert len(code.splitlines()) == 3 and repr(str(exported)) in code
     scope = {}
@@ -380,6 +384,20 @@ def test_the_card_does_not_claim_more(run, other, tmp_path, exported):
     assert card.data.eval_results is None and "were not evaluated" in card.text and "R@1" not in card.text
 
 
+def test_the_card_names_what_the_weights_began_from(run):
+    config = SmaugConfig.from_pretrained(run)
+    assert hub._starts(config.recipe) == []
+    begun = {"model": {"type": "ModelConfig", "video": {"start": "org/vit"}, "text": {"start": "org/bert"}}}
+    starts = hub._starts(begun)
+    assert starts == ["org/vit", "org/bert"]
+    card = model_card(config.to_recipe(), config.run, "name", parameters=1, changed=False, starts=starts)
+    assert card.data.license == "other" and card.data.eval_results
+    assert "- began from org/vit and org/bert" in card.text and "whose licence applies to them too" in card.text
+    with pytest.raises(ValueError, match=r"result\.json lacks 't2v_r5'"):
+        without = {key: value for key, value in config.run["result"].items() if key != "t2v_r5"}
+        model_card(config.to_recipe(), config.run | {"result": without}, "name", parameters=1, changed=False)
+
+
 def test_nothing_that_is_there_is_lost(run, exported, tmp_path):
     model, processor = SmaugModel.from_pretrained(exported), SmaugProcessor.from_pretrained(exported)
     (tmp_path / "README.md").write_text("mine")
@@ -403,7 +421,10 @@ def test_as_a_command(run, other, call, tmp_path, monkeypatch):
     assert Path("out/model.safetensors").stat().st_mode == Path("out/config.json").stat().st_mode
     broken = other()
     (broken / "tokenizer.json").write_text("{")
+    unread = shutil.copytree(run, tmp_path / "unread")
+    (unread / "result.json").write_text("{")
     for arguments, complaint in [
+        ((unread, "new"), "result.json is damaged"),
         ((run, "out"), "out is there already and not empty"),
         (("nowhere", "new"), "nowhere holds no run"),
         (("out", "new"), "it was not written by this version of smaug"),
@@ -422,7 +443,7 @@ def test_as_a_command(run, other, call, tmp_path, monkeypatch):
     for stop, wanted in ((full, 1), (interrupted, 130)):
         monkeypatch.setattr(SmaugProcessor, "save_pretrained", stop)
         assert call(hub.main, run, "new")[0] == wanted
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]  # and no half of `new`
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out", "unread"]  # and no half of `new`
 
 
 class Hub(ThreadingHTTPServer):
