@@ -59,10 +59,9 @@ from smaug.tokens import PackedTokens, packed_ragged
 INSTALL = "pip install -c constraints.txt -e '.[hub]'"
 try:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        HFValidationError,
-        HTTPError,
-    )  # of the library it speaks HTTP by, which changes with its version
+
+    # HTTPError is of the library that it speaks HTTP by, which changes with its version.
+    from huggingface_hub.errors import HFValidationError, HTTPError
     from huggingface_hub.utils import validate_repo_id
     from transformers import (
         AutoConfig,
@@ -337,6 +336,8 @@ class SmaugProcessor(ProcessorMixin):
             raise ValueError(
                 "a SmaugProcessor needs a recipe; take it from a run: SmaugProcessor.from_pretrained('runs/NAME')"
             )
+        if frames is not None and frames < 1:
+            raise ValueError(f"a video has at least one frame, not {frames}")
         super().__init__(tokenizer)
         self.recipe, self.frames = recipe, frames
         self._recipe: Recipe = recipes.from_json(recipe)
@@ -544,13 +545,12 @@ def _folder(source: Source, kwargs: dict[str, Any]) -> Path:
     """The folder itself, or what the Hub has under this name, in its cache: by pattern, so no pickle is fetched."""
     if Path(source).is_dir():
         return Path(source)
-    how = {
-        key: kwargs[key]
-        for key in ("cache_dir", "force_download", "local_files_only", "token", "revision")
-        if key in kwargs
-    }
+    passed_on = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+    how = {key: kwargs[key] for key in passed_on if key in kwargs}
+    inside = f"{kwargs['subfolder']}/" if kwargs.get("subfolder") else ""
+    wanted = [f"{inside}{name}" for name in ("config.json", "model*.json", "model*.safetensors")]
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], **how))
+        return Path(snapshot_download(str(source), allow_patterns=wanted, **how))
     except HFValidationError:
         raise ValueError(f"{source} is neither a folder nor a name on the Hub") from None
 
@@ -560,11 +560,9 @@ def _only_safetensors(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} has no .safetensors, and smaug reads weights from nothing else: no .bin, no pickle")
     for index in folder.glob("*.safetensors.index.json"):
-        other = [
-            name for name in json.loads(index.read_text())["weight_map"].values() if not name.endswith(".safetensors")
-        ]
-        if other:
-            raise ValueError(f"{index} names {other[0]}, and smaug reads weights from .safetensors alone")
+        for name in json.loads(index.read_text())["weight_map"].values():
+            if not name.endswith(".safetensors"):
+                raise ValueError(f"{index} names {name}, and smaug reads weights from .safetensors alone")
     if (folder / "adapter_config.json").exists():
         raise ValueError(f"{folder} has an adapter, of which peft may read a pickle; load it by peft, after the model")
 
@@ -596,11 +594,8 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], Run]:
 
 def _starts(recipe: Any) -> list[str]:
     """Checkpoints that the parts of the model began from, by a recipe as JSON."""
-    return list(
-        dict.fromkeys(
-            part["start"] for part in recipe["model"].values() if isinstance(part, dict) and part.get("start")
-        )
-    )
+    found = [part["start"] for part in recipe["model"].values() if isinstance(part, dict) and part.get("start")]
+    return list(dict.fromkeys(found))
 
 
 def _checksum(model: nn.Module) -> int:

@@ -33,7 +33,7 @@ from smaug.embed import embed_texts, embed_videos
 from smaug.integrations import hub
 from smaug.integrations.hub import SmaugConfig, SmaugModel, SmaugProcessor, export
 from smaug.integrations.model_card import model_card
-from smaug.run import load_run, open_split
+from smaug.run import build, load_run, open_split
 
 SMALL = [
     "--model.video.width=32", "--model.video.depth=1", "--model.video.heads=2", "--model.video.frames=4",
@@ -181,6 +181,12 @@ def test_standard_features(run, exported, tmp_path):
             assert got.dtype is torch.float32
             torch.testing.assert_close(got, videos, atol=0.02, rtol=0)
             torch.testing.assert_close(low.embed_texts(**processor(text=TEXTS)), texts, atol=0.02, rtol=0)
+    config = AutoConfig.from_pretrained(exported)
+    torch.manual_seed(1)
+    new = AutoModel.from_config(config)
+    torch.manual_seed(1)
+    ours = build(config.to_recipe(), config.vocab_size, "auto")
+    assert all(torch.equal(a, b) for a, b in zip(new.parameters(), ours.parameters(), strict=True))
     low.save_pretrained(tmp_path / "low")
     assert SmaugModel.from_pretrained(tmp_path / "low").dtype is torch.bfloat16
 
@@ -311,6 +317,8 @@ def test_processor_says_what_is_wrong(exported, given, complaint):
 def test_model_says_what_is_wrong(exported):
     model = SmaugModel.from_pretrained(exported)
     video, ids = torch.zeros(1, 4, 64, 64, 3, dtype=torch.uint8), torch.tensor([[2, 7]])
+    with pytest.raises(ValueError, match="at least one frame"):
+        SmaugProcessor.from_pretrained(exported, frames=-4)
     for given, complaint in [
         ({}, "nothing to do"),
         ({"pixel_values_videos": video.float()}, "64, 64, 3. uint8, but this is .* float32"),
