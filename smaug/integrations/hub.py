@@ -49,7 +49,6 @@ from smaug.data.frames import Pick
 from smaug.data.media import kind_of
 from smaug.device import Way, choose
 from smaug.embed import pack_texts
-from smaug.evaluate.retrieval import match_logits
 from smaug.model.video_encoder import EncodedVideo
 from smaug.objectives.vtc import VtcHeads
 from smaug.recipe import Recipe
@@ -322,9 +321,20 @@ class SmaugModel(PreTrainedModel):
     def _match(self, texts: tuple[Tensor, PackedTokens], videos: EncodedVideo, pairs: Tensor) -> Tensor:
         if self.model.fusion is None or "vtm" not in self.model.heads:
             raise ValueError("pairs need a match head, but this model was trained without the objective vtm")
-        if pairs.ndim != 2 or pairs.shape[1] != 2:
+        if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
             raise ValueError(f"pairs are (pairs, 2), a text and a video each, not {tuple(pairs.shape)}")
-        return match_logits(self.model, videos, *texts, pairs[:, 0], pairs[:, 1])
+        (features, encoded), of_text, of_video = texts, pairs[:, 0], pairs[:, 1]
+        each = encoded.values.split(encoded.cu_seqlens.diff().tolist())
+        chosen = [each[number] for number in of_text.tolist()]
+        lengths = tuple(len(one) for one in chosen)
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(self.device)
+        paired = packed_ragged(torch.cat(chosen), cu_seqlens, lengths=lengths)
+        kv_ids, gate = videos.frame_ids.index_select(0, of_video), None
+        if self.model.selector is not None:
+            kv_ids, gate = self.model.selector(videos.summaries, features.index_select(0, of_text), kv_ids)
+        fused = self.model.fusion([paired], videos.frames, kv_ids, gate, rows=paired.first_rows(), lengths=1)
+        logits: Tensor = self.model.heads["vtm"](fused.values).float()
+        return logits
 
 
 class SmaugProcessor(ProcessorMixin):

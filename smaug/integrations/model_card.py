@@ -62,7 +62,7 @@ def _card(
         pipeline_tag="feature-extraction",
         tags=["video-text-retrieval", "transformers"],
         model_name=title,
-        eval_results=list(_index(result)) if result and held_out and not changed else None,
+        eval_results=list(_index(result)) if result and "t2v_r1" in result and held_out and not changed else None,
     )
     parts = [
         f"# {title}\n\nVectors of videos and of texts whose product is their similarity"
@@ -106,15 +106,18 @@ def _input(recipe: Recipe) -> str:
 def _scores(result: dict[str, Any] | None, held_out: bool, changed: bool) -> str:
     if result is None:
         return "These weights were not evaluated."
-    lines = [
-        f"Retrieval on {result['evaluated_on']}, {result['candidates']:.0f} candidates, {result['frames']} frames."
-    ]
+    retrieval = "t2v_r1" in result
+    what = f"Retrieval, {result['candidates']:.0f} candidates" if retrieval else "Answers to questions"
+    lines = [f"{what}, on {result['evaluated_on']}, {result['frames']} frames."]
     if not held_out:
         lines.append("**No pairs were held out: these scores are of pairs that the model was trained on.**")
     if changed:
         lines.append("**The weights were changed or rounded since: these scores are of the run that they come from.**")
     if result["evaluation_skipped"]:
         lines.append(f"{result['evaluation_skipped']} clips could not be decoded and are left out.")
+    if not retrieval:  # acc, its parts by type of question, and what it is to be compared with
+        found = [(key, value) for key, value in result.items() if key.partition("_")[0] == "acc"]
+        return " ".join(lines) + "\n\n| | accuracy |\n|---|---|\n" + "\n".join(f"| {k} | {v:.1%} |" for k, v in found)
     table = ["| | " + " | ".join(name for _, name in METRICS.values()) + " |", "|---|---|---|---|---|"]
     for direction, what in DIRECTIONS.items():
         recalls = " | ".join(f"{result[f'{direction}_{key}']:.1%}" for key in ("r1", "r5", "r10"))
