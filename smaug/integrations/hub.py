@@ -75,7 +75,7 @@ try:
     )
     from transformers.utils import ModelOutput, logging
 
-    from smaug.integrations.model_card import LOAD, model_card
+    from smaug.integrations.model_card import load_lines, model_card
 except ImportError as error:
     reason = ImportError(f"smaug.integrations.hub needs transformers 5 ({error}): {INSTALL}")
     if __name__ == "__main__":
@@ -188,7 +188,7 @@ class SmaugModel(PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         pixel_values_videos: Tensor | None = None,
-        pairs: Tensor | None = None,
+        pairs: Tensor | Sequence[Sequence[int]] | None = None,
         return_dict: bool | None = None,
     ) -> SmaugOutput | tuple[Tensor, ...]:
         """Texts, videos or both; nothing is masked, pruning and frame selection are as they were trained.
@@ -217,7 +217,7 @@ class SmaugModel(PreTrainedModel):
             if pairs is not None:
                 if texts is None or videos is None:
                     raise ValueError("pairs need both input_ids and pixel_values_videos")
-                found.match_logits = self._match(texts, videos, pairs.to(self.device))
+                found.match_logits = self._match(texts, videos, torch.as_tensor(pairs, device=self.device))
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return found if use_dict else found.to_tuple()
 
@@ -585,6 +585,9 @@ def _not_into_a_run(folder: Source) -> None:
 def _read_run(folder: Path) -> tuple[dict[str, Any], Run]:
     """The fields of SmaugConfig, and the run itself."""
     config, run = read_config(folder), load_run(folder, "cpu")
+    if not any(isinstance(heads, VtcHeads) for heads in run.model.heads.values()) and "vtm" not in run.model.heads:
+        names = ", ".join(run.recipe.objectives)
+        raise ValueError(f"{folder} was trained for {names}, and SmaugModel gives what vtc and vtm are trained for")
     told = {key: config[key] for key in ("size", "fast", "command", "machine", "smaug")}
     told |= {"step": run.step, "weights": _checksum(run.model)}
     path = folder / "result.json"
@@ -686,7 +689,7 @@ def main() -> int:
             validate_repo_id(options.push)
         export(options.run, options.out, options.push)
         say(f"{options.out} holds the model, its processor and a model card. To use it:\n")
-        say(LOAD.format(name=str(options.out)) + "\n")
+        say(load_lines(recipes.from_json(read_config(options.run)["recipe"]), str(options.out)) + "\n")
         if options.push is not None:
             say(f"pushed to {_push_folder(options.out, options.push)}")
         else:

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from smaug.objectives.mlm import Mlm
+from smaug.objectives.vtc import Vtc
 from smaug.recipe import Recipe
 
 DIRECTIONS = {"t2v": "text to video", "v2t": "video to text"}
@@ -28,7 +29,15 @@ COMPARED = {  # R@1 in the same file
 LOAD = """\
 from smaug.integrations.hub import SmaugModel, SmaugProcessor
 model, processor = SmaugModel.from_pretrained({name!r}), SmaugProcessor.from_pretrained({name!r})
-vectors = model.embed_videos(**processor(videos=["clip.mp4"]))"""
+"""
+VECTORS = 'vectors = model.embed_videos(**processor(videos=["clip.mp4"]))'
+MATCH = 'no, yes = model(**processor(text="a text", videos="clip.mp4"), pairs=[[0, 0]]).match_logits[0]'
+
+
+def load_lines(recipe: Recipe, name: str) -> str:
+    """Three lines of Python that load a model by name and use it."""
+    contrast = any(isinstance(objective, Vtc) for objective in recipe.objectives.values())
+    return LOAD.format(name=name) + (VECTORS if contrast else MATCH)
 
 
 def model_card(
@@ -55,21 +64,20 @@ def _card(
     result = run.get("result")
     own_data = bool(recipe.data.manifest)
     held_out = not own_data or bool(recipe.data.eval_manifest)
+    index = list(_index(result)) if result and "t2v_r1" in result and held_out and not changed else None
     title = f"smaug: recipe {recipe.name}, size {run['size']}"
     data = ModelCardData(
         library_name="smaug",
         license="other" if own_data or starts else "apache-2.0",
         pipeline_tag="feature-extraction",
         tags=["video-text-retrieval", "transformers"],
-        model_name=title,
-        eval_results=list(_index(result)) if result and "t2v_r1" in result and held_out and not changed else None,
+        model_name=title if index else None,
+        eval_results=index,
     )
     parts = [
-        f"# {title}\n\nVectors of videos and of texts whose product is their similarity"
-        + (", and a head that says whether a text tells of a video" if "vtm" in recipe.objectives else "")
-        + f". {parameters / 1e6:.2f} M parameters, trained with smaug {run['smaug']}.",
+        f"# {title}\n\n{_gives(recipe)} {parameters / 1e6:.2f} M parameters, trained with smaug {run['smaug']}.",
         f"## Use\n\nWith smaug and its extra `hub` installed (`pip install -e '.[hub]'` in its checkout):\n\n"
-        f"```python\n{LOAD.format(name=name)}\n```\n\n{_input(recipe)}",
+        f"```python\n{load_lines(recipe, name)}\n```\n\n{_input(recipe)}",
         "## Scores\n\n" + _scores(result, held_out, changed),
         "## Cost\n\n" + _cost(run, result),
         "## Training\n\n" + "\n".join(f"- {line}" for line in _training(recipe, run, result, starts)),
@@ -92,6 +100,15 @@ def _index(result: dict[str, Any]) -> Iterator[EvalResult]:
                 metric_name=f"{what}, {name}",
                 metric_value=round(result[f"{direction}_{key}"], 4),
             )
+
+
+def _gives(recipe: Recipe) -> str:
+    gives = []
+    if any(isinstance(objective, Vtc) for objective in recipe.objectives.values()):
+        gives.append("Vectors of videos and of texts whose product is their similarity.")
+    if "vtm" in recipe.objectives:
+        gives.append("Logits of whether a text tells of a video.")
+    return " ".join(gives)
 
 
 def _input(recipe: Recipe) -> str:

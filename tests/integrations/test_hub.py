@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -404,6 +405,23 @@ def test_the_card_names_what_the_weights_began_from(run):
     with pytest.raises(ValueError, match=r"result\.json lacks 't2v_r5'"):
         without = {key: value for key, value in config.run["result"].items() if key != "t2v_r5"}
         model_card(config.to_recipe(), config.run | {"result": without}, "name", parameters=1, changed=False)
+
+
+def test_the_card_of_a_run_that_answers_questions(run):
+    """It has no vectors to offer, and no retrieval to be compared by."""
+    config = SmaugConfig.from_pretrained(run)
+    recipe = replace(config.to_recipe(), objectives={"vtm": config.to_recipe().objectives["vtm"]})
+    result = {key: value for key, value in config.run["result"].items() if key[:4] not in ("t2v_", "v2t_", "cand")}
+    told = config.run | {"result": result | {"acc": 0.5, "acc_prior": 0.25}}
+    card = model_card(recipe, told, "name", parameters=1, changed=False)
+    assert card.data.eval_results is None and "model_name" not in card.data.to_dict()
+    assert "| acc | 50.0% |\n| acc_prior | 25.0% |" in card.text and "R@1" not in card.text
+    assert "embed_videos" not in card.text and "Vectors" not in card.text
+    code = re.search(r"```python\n(.*?)```", card.text, re.S)[1]
+    assert len(code.splitlines()) == 3
+    scope = {}
+    exec(code.replace("clip.mp4", str(files(own(run)[0])[0])).replace("'name'", repr(str(run))), scope)
+    assert scope["yes"].ndim == 0
 
 
 def test_nothing_that_is_there_is_lost(run, exported, tmp_path):
