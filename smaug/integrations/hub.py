@@ -271,7 +271,7 @@ class SmaugModel(PreTrainedModel):
         about = {
             "parameters": self.num_parameters(),
             "changed": _checksum(self.model) != self.config.run["weights"],
-            "starts": _starts(self.config.recipe),
+            "starts": _starts(self.config.recipe, self.config.run),
         }
         model_card(self.config.to_recipe(), self.config.run, name, **about).save(card)
 
@@ -590,6 +590,8 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], Run]:
         raise ValueError(f"{folder} was trained for {names}, and SmaugModel gives what vtc and vtm are trained for")
     told = {key: config[key] for key in ("size", "fast", "command", "machine", "smaug")}
     told |= {"step": run.step, "weights": _checksum(run.model)}
+    if config.get("init"):  # another run that it began from
+        told["init"] = Path(config["init"]).name
     path = folder / "result.json"
     if path.exists():
         try:
@@ -605,10 +607,10 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], Run]:
     return fields | {"run": told}, run
 
 
-def _starts(recipe: Any) -> list[str]:
-    """Checkpoints that the parts of the model began from, by a recipe as JSON."""
+def _starts(recipe: Any, run: dict[str, Any]) -> list[str]:
+    """What the weights began from: checkpoints of others, by a recipe as JSON, and another run."""
     found = [part["start"] for part in recipe["model"].values() if isinstance(part, dict) and part.get("start")]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)) + [f"the run {name}" for name in (run.get("init"),) if name]
 
 
 def _checksum(model: nn.Module) -> int:

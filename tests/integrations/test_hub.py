@@ -393,12 +393,13 @@ def test_the_card_does_not_claim_more(run, other, tmp_path, exported):
     assert card.data.eval_results is None and "were not evaluated" in card.text and "R@1" not in card.text
 
 
-def test_the_card_names_what_the_weights_began_from(run):
+def test_the_card_names_what_the_weights_began_from(run, other):
     config = SmaugConfig.from_pretrained(run)
-    assert hub._starts(config.recipe) == []
+    assert hub._starts(config.recipe, config.run) == []
+    assert SmaugConfig.from_pretrained(other(init="/home/alice/runs/first")).run["init"] == "first"
     begun = {"model": {"type": "ModelConfig", "video": {"start": "org/vit"}, "text": {"start": "org/bert"}}}
-    starts = hub._starts(begun)
-    assert starts == ["org/vit", "org/bert"]
+    assert hub._starts(begun, {"init": "first"}) == ["org/vit", "org/bert", "the run first"]
+    starts = hub._starts(begun, {})
     card = model_card(config.to_recipe(), config.run, "name", parameters=1, changed=False, starts=starts)
     assert card.data.license == "other" and card.data.eval_results
     assert "- began from org/vit and org/bert" in card.text and "whose licence applies to them too" in card.text
