@@ -6,12 +6,15 @@ import math
 from collections.abc import Sequence
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from smaug.data import text
 from smaug.objectives.vtc import VtcHeads
+from smaug.recipe import Recipe
 from smaug.run import Run
+from smaug.tokens import PackedTokens
 
 
 def contrast_heads(run: Run) -> VtcHeads:
@@ -34,13 +37,16 @@ def embed_videos(run: Run, video: Tensor) -> Tensor:
         return heads.embed_video(encoded.features)
 
 
+def pack_texts(recipe: Recipe, tokenizer: Tokenizer, texts: Sequence[str]) -> PackedTokens:
+    """The words of each text as a model of this recipe reads them; more than `max_words` pieces are cut."""
+    return text.pack(text.encode(tokenizer, texts, recipe.model.text.max_words), text.number(tokenizer, text.CLS))
+
+
 @torch.no_grad()
 def embed_texts(run: Run, texts: Sequence[str]) -> Tensor:
     """-> (n, embed_dim) fp32 unit vectors on the model's device; a text of more than `max_words` pieces is cut."""
     heads = contrast_heads(run)
-    words = text.pack(
-        text.encode(run.tokenizer, texts, run.model.text.config.max_words), text.number(run.tokenizer, text.CLS)
-    )
+    words = pack_texts(run.recipe, run.tokenizer, texts)
     run.model.eval()
     with run.way.autocast():
         features, _ = run.model.text(tree_map_only(Tensor, lambda x: x.to(run.way.device), words))

@@ -48,7 +48,7 @@ def load_run(folder: Path, device: str = "auto") -> Run:
     config = read_config(folder)
     saved = recipe.from_json(config["recipe"])
     way = choose(config["fast"], device)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = read_tokenizer(folder)
     model = build(saved, tokenizer.get_vocab_size(), way.impl).to(way.device)
     state, damaged = checkpoint.load_newest(folder / "checkpoints", model)
     if state is None:
@@ -68,6 +68,16 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} lacks {', '.join(missing)}; it was not written by this version of smaug, or is damaged"
         )
     return config
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    try:
+        return Tokenizer.from_str(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no tokenizer: there is no {path}") from None
+    except Exception as error:  # tokenizers has no type of its own for a file that is damaged
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def build(recipe: Recipe, vocabulary: int, impl: str) -> Model:
