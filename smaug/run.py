@@ -159,6 +159,9 @@ def open_split(recipe: Recipe, split: str, console: Console, device: torch.devic
         clips = open_manifest(data.eval_manifest if own else data.manifest, data, size, device, recipe.task)
         videos = sum(s.kind == "video" for s in clips.samples)
         what = f"{clips.name}, {videos} videos and {len(clips) - videos} images; decoder {clips.decoder.name}"
+        if recipe.task != "retrieval":
+            asked = len({sample.path for sample in clips.samples})
+            what = f"{clips.name}, {len(clips)} questions about {asked} videos; decoder {clips.decoder.name}"
         if clips.skipped:
             what += f"; {len(clips.skipped)} left out, such as {clips.skipped[0].name}: {clips.skipped[0].reason}"
         if split != "train" and not own:
