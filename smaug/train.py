@@ -51,7 +51,7 @@ from smaug.run import (
     start_from,
     with_answers,
     write,
-)  # fmt: skip
+)
 from smaug.step import keep_rate, text_views, training_step, video_mask
 
 DEFAULT_RECIPE = "smaug"
