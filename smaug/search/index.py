@@ -72,7 +72,7 @@ class Part:
     at: int
     of: int
     times: Sequence[Window]
-    frames: Tensor | None  # (len(times) * F, size, size, 3) uint8 on the decoder's device
+    clips: Tensor | None  # (len(times), F, size, size, 3) uint8 on the decoder's device
     reason: str = ""
 
 
@@ -124,7 +124,7 @@ def read_parts(
             yield Part(file, at, 0, [], None, got.reason or "damaged: another number of frames each time it is read")
             return
         of = len(windows)
-        yield Part(file, at, of, some, got.frames)
+        yield Part(file, at, of, some, got.frames.unflatten(0, (len(some), -1)))
         at += len(some)
 
 
@@ -206,7 +206,7 @@ def index(options: IndexOptions, console: Console) -> int:
         made = _open(out, made, options.fresh)
         writer = store.Writer(out, made)
         try:
-            code = _index(options, console, run, folder, out, writer)
+            code = embed_folder(options, console, run, folder, out, writer)
             writer.save()
         except OSError as error:
             raise OSError(
@@ -246,7 +246,10 @@ def _open(out: Path, made: Made, fresh: bool) -> Made:
     return there
 
 
-def _index(options: IndexOptions, console: Console, run: Run, folder: Path, out: Path, writer: store.Writer) -> int:
+def embed_folder(
+    options: IndexOptions, console: Console, run: Run, folder: Path, out: Path, writer: store.Writer
+) -> int:
+    """Brings an index up to date with its folder. Exit code: 0, or 130 after Ctrl-C."""
     files, bad, counts = _compare(options, folder, writer)
     console.print(f"index      {out}: {counts}", highlight=False, soft_wrap=True)
     writer.save()
@@ -269,7 +272,7 @@ def _index(options: IndexOptions, console: Console, run: Run, folder: Path, out:
             def encode() -> None:
                 nonlocal encoding, clips, files_done, saved
                 start = time.monotonic()
-                vectors = embed_parts(run, ahead, options.batch)
+                vectors = embed_parts(run, [part.clips for part in ahead if part.clips is not None], options.batch)
                 encoding += time.monotonic() - start
                 for part, some in zip(ahead, vectors, strict=True):
                     if reason := _changed(part.file):
@@ -295,7 +298,7 @@ def _index(options: IndexOptions, console: Console, run: Run, folder: Path, out:
                     )  # ten lines in a log
 
             for part in readers:
-                if part.frames is None:
+                if part.clips is None:
                     bad.append(Skip(part.file.entry.name, part.reason))
                     if not _changed(part.file):
                         writer.bad(replace(part.file.entry, reason=part.reason))
@@ -373,17 +376,14 @@ def _compare(options: IndexOptions, folder: Path, writer: store.Writer) -> tuple
 
 
 @torch.no_grad()
-def embed_parts(run: Run, parts: Sequence[Part], batch: int) -> list[np.ndarray]:
-    """(windows, embed_dim) fp32 of each part. Videos and pictures are encoded apart, `batch` windows at once."""
-    found: list[np.ndarray] = [np.empty(0)] * len(parts)
-    for kind in ("video", "image"):
-        numbers = [i for i, part in enumerate(parts) if part.file.entry.kind == kind]
-        if not numbers:
-            continue
-        clips = [part.frames.unflatten(0, (len(part.times), -1)) for part in parts if part.file.entry.kind == kind]
-        together = torch.cat(clips)
+def embed_parts(run: Run, clips: Sequence[Tensor], batch: int) -> list[np.ndarray]:
+    """Clips (n, F, size, size, 3) uint8, any n and F -> (n, embed_dim) fp32 of each; `batch` of one F at once."""
+    found: list[np.ndarray] = [np.empty(0)] * len(clips)
+    for frames in {one.shape[1] for one in clips}:
+        numbers = [i for i, one in enumerate(clips) if one.shape[1] == frames]
+        together = torch.cat([clips[i] for i in numbers])
         vectors = torch.cat([embed_videos(run, some) for some in together.split(batch)]).cpu().numpy()
-        ends = np.cumsum([len(one) for one in clips])
+        ends = np.cumsum([len(clips[i]) for i in numbers])
         for number, some in zip(numbers, np.split(vectors, ends[:-1]), strict=True):
             found[number] = some
     return found
@@ -409,12 +409,14 @@ def _report_bad(out: Path, bad: list[Skip], console: Console) -> None:
 def _tidy(out: Path, made: Made, writer: store.Writer, console: Console) -> None:
     """Once all is embedded: no more rows than windows, and cells where there are many."""
     windows = sum(len(entry.windows) for entry in writer.entries.values())
-    cells = store.cells_path(out, made.generation).exists()
-    if writer.rows - windows > store.WASTE * writer.rows or (cells and writer.rows > windows):
-        made, cells = store.compact(out, made), False
-    if windows > store.APPROXIMATE and not (cells and store.read_cells(out, made).ntotal == windows):
-        console.print(f"index      {windows} clips are many: sorting them into cells", highlight=False)
-        store.build_cells(out, made)
+    rows = writer.rows
+    if rows - windows > store.WASTE * rows:
+        made, rows = store.compact(out, made), windows
+    if windows > store.APPROXIMATE:
+        cells = store.read_cells(out, made)
+        if rows - (cells.ntotal if cells else 0) > store.WASTE * rows:  # what is not in cells is searched exactly
+            console.print(f"index      {windows} clips are many: sorting them into cells", highlight=False)
+            store.build_cells(out, made)
     where = f"{sum(bool(entry.windows) for entry in writer.entries.values())} files, {windows} clips"
     console.print(f"done       {out}: {where}; search with", highlight=False, soft_wrap=True)
     console.print(f'  python -m smaug.search query {out} "a dog jumps"', highlight=False, soft_wrap=True)

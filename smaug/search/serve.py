@@ -108,12 +108,8 @@ def serve(options: ServeOptions, console: Console) -> int:
         what = f"{len(index.files)} files, {len(index.of_row)} clips of {index.made.folder}"
         console.print(f"serving    {what}", highlight=False, soft_wrap=True)
         console.print(f"open       http://{shown}:{port}/ and end with Ctrl-C", highlight=False)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            console.print("stopped")
-        finally:
-            server.server_close()
+        server.serve_forever()  # until Ctrl-C, which it takes for its end
+        console.print("stopped")
     return 0
 
 

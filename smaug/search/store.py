@@ -28,7 +28,7 @@ VERSION = 1  # raise it whenever the same video would give other vectors or anot
 # Rows above which cells are searched, not all vectors: docs/search.md has the times.
 APPROXIMATE = 500_000
 SEARCHED = 8  # one of so many cells is searched for a query
-WASTE = 0.2  # share of rows without a file above which the vectors are written anew
+WASTE = 0.2  # share of rows that belong to no file, or are in no cell, above which all is written or sorted anew
 
 Window = tuple[float, float]  # seconds from the first frame
 
@@ -111,7 +111,7 @@ def read_entries(index: Path, made: Made) -> tuple[dict[str, Entry], np.ndarray]
         if rows
         else np.empty((0, made.embed_dim), np.float32)
     )
-    raw = memoryview(vectors).cast("B") if rows else memoryview(b"")
+    raw: Any = memoryview(vectors).cast("B") if rows else b""  # type: ignore[arg-type]  # numpy's types forget it
     entries: dict[str, Entry] = {}
     lines = lines_path(index, made.generation)
     for line in lines.read_bytes().splitlines() if lines.exists() else []:
@@ -278,7 +278,7 @@ def build_cells(index: Path, made: Made) -> None:
     module = faiss()
     _, vectors = read_entries(index, made)
     rows, width = vectors.shape
-    cells = int(4 * rows**0.5)
+    cells = max(1, min(int(4 * rows**0.5), rows // 40))  # faiss wants 39 vectors a cell to train on
     ivf = module.IndexIVFFlat(module.IndexFlatIP(width), width, cells, module.METRIC_INNER_PRODUCT)
     ivf.cp.niter = 10
     ivf.train(vectors[np.sort(np.random.default_rng(0).permutation(rows)[: 40 * cells])])
@@ -291,6 +291,7 @@ def build_cells(index: Path, made: Made) -> None:
     os.replace(aside, path)
 
 
-def read_cells(index: Path, made: Made) -> Any | None:
+def read_cells(index: Path, made: Made) -> Any:
+    """faiss's index, or None."""
     path = cells_path(index, made.generation)
     return faiss().read_index(str(path)) if path.exists() else None

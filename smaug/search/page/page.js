@@ -62,7 +62,7 @@ function play(hit, screen, note) {
       note.textContent = reason;
       return;
     }
-    note.textContent = "This browser cannot play the file; this is a preview of the window, without sound.";
+    note.textContent = "This browser cannot play the file; this is a preview of the window: its middle square, without sound.";
     video.src = `preview/${hit.row}`;
   }
   video.addEventListener("error", preview);
@@ -124,7 +124,7 @@ async function search() {
     return;
   }
   if (mine !== asked) return;
-  say(hits.length ? `${hits.length} best, the best first. Scores only rank: there is a best clip even for what no clip shows.` : "Nothing was found.");
+  say(hits.length ? `The ${hits.length} best, best first. A score only ranks: something is best even for what no clip shows.` : "Nothing was found.");
   list.replaceChildren(...hits.map((hit, place) => card(hit, place + 1)));
 }
 
