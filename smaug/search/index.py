@@ -35,7 +35,8 @@ from smaug.search import store
 from smaug.search.store import Entry, Made, Window
 
 PART = 16  # windows decoded together; of 8 s at 4K and 60 frames a second still within the limits of decode/contract.py
-SAVE_SECONDS = 2.0  # a crash loses no more than this and the batch in work
+SAVE_SECONDS = 2.0  # between two saves, and at most for a batch: what a crash loses
+FIRST = 4  # clips encoded together before it is known how long they take
 SHOWN = 20  # bad files on the terminal
 
 
@@ -47,7 +48,7 @@ class IndexOptions:
     model: Path  # folder of a run of smaug.train
     out: Path | None = None  # folder of the index; default: NAME.search in the current folder
     window: float = 8.0  # seconds; a rest of less than half of it belongs to the last window
-    batch: int = 16  # windows encoded together
+    batch: int = 64  # clips encoded together; fewer where they would take more than 2 s
     workers: int = os.cpu_count() or 1  # decoding threads
     follow_links: bool = False  # also take what links lead to outside the folder
     retry_bad: bool = False  # try again the files that could not be decoded
@@ -264,16 +265,18 @@ def embed_folder(
     readers = Readers(files, read, options.workers, 2 * options.batch)
     began = saved = time.monotonic()
     encoding, clips, files_done, stopped = 0.0, 0, 0, False
+    enough = min(FIRST, options.batch)  # clips to encode at once
     ahead: list[Part] = []
     try:
         with bar(lambda: f"{clips / max(time.monotonic() - began, 1e-9):.1f} clips/s") as bars:
             task = bars.add_task("files", total=len(files))
 
             def encode() -> None:
-                nonlocal encoding, clips, files_done, saved
-                start = time.monotonic()
+                nonlocal encoding, clips, saved, enough
+                start, before = time.monotonic(), clips
                 vectors = embed_parts(run, [part.clips for part in ahead if part.clips is not None], options.batch)
-                encoding += time.monotonic() - start
+                took = time.monotonic() - start
+                encoding += took
                 for part, some in zip(ahead, vectors, strict=True):
                     if reason := _changed(part.file):
                         bad.append(Skip(part.file.entry.name, reason))
@@ -284,6 +287,7 @@ def embed_folder(
                     if part.at + len(part.times) == part.of:
                         done()
                 ahead.clear()
+                enough = min(options.batch, max(1, int(SAVE_SECONDS * (clips - before) / max(took, 1e-9))))
                 if time.monotonic() - saved > SAVE_SECONDS:
                     writer.save()
                     saved = time.monotonic()
@@ -304,9 +308,11 @@ def embed_folder(
                         writer.bad(replace(part.file.entry, reason=part.reason))
                     done()
                     continue
-                ahead.append(part)
-                if sum(len(one.times) for one in ahead) >= options.batch:
-                    encode()
+                for first in range(0, len(part.times), step := enough):
+                    times, some = part.times[first : first + step], part.clips[first : first + step]
+                    ahead.append(replace(part, at=part.at + first, times=times, clips=some))
+                    if sum(len(one.times) for one in ahead) >= enough:
+                        encode()
             if ahead:
                 encode()
     except KeyboardInterrupt:

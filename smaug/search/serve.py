@@ -21,6 +21,7 @@ import socket
 import stat
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -155,13 +156,16 @@ def make_app(index: Index, run: Run, host: str) -> Callable[..., Any]:
     names = {"localhost", host.lower()}
     if not _is_loopback(host):
         names |= {socket.gethostname().lower(), socket.getfqdn().lower()}
-    encoding, decoding = threading.Lock(), threading.Semaphore(AT_ONCE)
+    # One thread for all: OpenMP starts its own threads anew for each that computes, and the server has one a request.
+    encoder, decoding = ThreadPoolExecutor(1, "smaug-search"), threading.Semaphore(AT_ONCE)
+    encoder.submit(embed_texts, run, ["warm up"])  # the first takes longer
 
     @lru_cache(maxsize=256)
     def hits(text: str, all_windows: bool) -> list[Hit]:
-        with encoding:
-            vector = embed_texts(run, [text])[0].cpu().numpy()
-            return search(index, vector, TOP, all_windows)
+        def work() -> list[Hit]:
+            return search(index, embed_texts(run, [text])[0].cpu().numpy(), TOP, all_windows)
+
+        return encoder.submit(work).result()
 
     def made(make: Callable[[Path, str, float, float], bytes], row: int) -> bytes:
         entry, (start, end) = index.files[index.of_row[row]], index.times[row].tolist()

@@ -194,7 +194,7 @@ def command(*arguments, **more):
 @pytest.mark.slow
 def test_kill_serve_and_ctrl_c(media, models, tmp_path):
     """As a person does it: `index` is killed and goes on; `serve` says where it is and ends with Ctrl-C."""
-    for number in range(40):
+    for number in range(20):
         write_video(media / f"{number}.mp4", 9, seed=number % 15)
     asked = ["index", media, "--model", models / "a", "--out", tmp_path / "out", "--workers", 1, "--batch", 1]
     process = command(*asked)
@@ -205,17 +205,17 @@ def test_kill_serve_and_ctrl_c(media, models, tmp_path):
     process.kill()
     process.communicate()
     left = len(store.read_entries(tmp_path / "out", store.read_made(tmp_path / "out"))[0])
-    assert 0 < left < 44
+    assert 0 < left < 24
     said = command(*asked).communicate()[0]
-    assert "done       " in said and "43 files, 48 clips" in said and f" {44 - left} new files" in said, said
+    assert "done       " in said and "23 files, 28 clips" in said and f" {24 - left} new files" in said, said
 
     process = command("serve", tmp_path / "out", "--port", 0, "--host", "0.0.0.0", bufsize=1)
     said = [process.stdout.readline() for _ in range(3)]
     assert said[0].startswith("warning    0.0.0.0 can be reached from other machines")
-    assert said[1] == f"serving    43 files, 48 clips of {media}\n"
+    assert said[1] == f"serving    23 files, 28 clips of {media}\n"
     port = said[2].split("/")[2].rpartition(":")[2]
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/search?q=a+dog", timeout=30) as answer:
-        assert len(json.load(answer)["hits"]) == 24
+        assert len(json.load(answer)["hits"]) == 23
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=20)
     assert (process.returncode, rest) == (0, "stopped\n")
