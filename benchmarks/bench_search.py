@@ -153,7 +153,7 @@ def of_cells(rows: int) -> Iterable[str]:
 def ready_clips(run: Run, folder: Path, options: IndexOptions) -> list[torch.Tensor]:
     """The frames that `index` would encode."""
     video = run.recipe.model.video
-    decoder = open_decoder("auto", run.way.device, options.workers)
+    decoder = open_decoder("pyav", torch.device("cpu"), options.workers)
     found = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         file = File(Entry(path.name, 0, 0, "video"), path, 0)

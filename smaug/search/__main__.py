@@ -24,7 +24,7 @@ def main() -> int:
     options = tyro.cli(
         Options, prog="python -m smaug.search", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,)
     )
-    console = Console(markup=False)  # a file may be called clip[1].mp4
+    console = Console(markup=False, emoji=False)  # a file may be called clip[1].mp4 or a:dog:b.mp4
     try:
         if isinstance(options, IndexOptions):
             return index(options, console)

@@ -73,7 +73,7 @@ class Part:
     at: int
     of: int
     times: Sequence[Window]
-    clips: Tensor | None  # (len(times), F, size, size, 3) uint8 on the decoder's device
+    clips: Tensor | None  # (len(times), F, size, size, 3) uint8 in host memory
     reason: str = ""
 
 
@@ -254,10 +254,10 @@ def embed_folder(
     files, bad, counts = _compare(options, folder, writer)
     console.print(f"index      {out}: {counts}", highlight=False, soft_wrap=True)
     writer.save()
-    recipe, way = run.recipe, run.way
+    recipe = run.recipe
     frames, view, size = frames_of(run), recipe.model.video.view, recipe.model.video.image_size
-    # A PART of a film may be 16 times as long as a clip of a data set.
-    decoder = open_decoder("auto", way.device, options.workers, PART * MAX_SECONDS)
+    # Many threads ask for a clip each, as only pyav lets them. A PART of a film may take as long as 16 clips.
+    decoder = open_decoder("pyav", torch.device("cpu"), options.workers, PART * MAX_SECONDS)
 
     def read(file: File) -> Iterator[Part]:
         return read_parts(decoder, file, recipe.data.sampler, frames, view, size, options.window)
@@ -272,7 +272,7 @@ def embed_folder(
             task = bars.add_task("files", total=len(files))
 
             def encode() -> None:
-                nonlocal encoding, clips, saved, enough
+                nonlocal encoding, clips, saved, enough, ahead
                 start, before = time.monotonic(), clips
                 vectors = embed_parts(run, [part.clips for part in ahead if part.clips is not None], options.batch)
                 took = time.monotonic() - start
@@ -286,7 +286,7 @@ def embed_folder(
                     clips += len(part.times)
                     if part.at + len(part.times) == part.of:
                         done()
-                ahead.clear()
+                ahead = []
                 enough = min(options.batch, max(1, int(SAVE_SECONDS * (clips - before) / max(took, 1e-9))))
                 if time.monotonic() - saved > SAVE_SECONDS:
                     writer.save()
@@ -297,13 +297,12 @@ def embed_folder(
                 files_done += 1
                 bars.advance(task)
                 if not console.is_terminal and files_done * 10 // len(files) > (files_done - 1) * 10 // len(files):
-                    console.print(
-                        f"index      {files_done} of {len(files)} files", highlight=False
-                    )  # ten lines in a log
+                    console.print(f"index      {files_done} of {len(files)} files", highlight=False)  # ten in all
 
             for part in readers:
                 if part.clips is None:
                     bad.append(Skip(part.file.entry.name, part.reason))
+                    ahead = [one for one in ahead if one.file is not part.file]  # half a film is not in the index
                     if not _changed(part.file):
                         writer.bad(replace(part.file.entry, reason=part.reason))
                     done()
@@ -322,7 +321,7 @@ def embed_folder(
         decoder.close()
     writer.save()
     took = time.monotonic() - began
-    _report_bad(out, bad, console)
+    _report_bad(out, list(dict.fromkeys(bad)), console)
     if stopped:
         console.print(f"stopped    {files_done} of {len(files)} files; the same command goes on", highlight=False)
         return 130

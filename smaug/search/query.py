@@ -136,7 +136,7 @@ def query(options: QueryOptions, console: Console) -> int:
     hits = search(index, vector, options.top, options.all_windows)
     if options.json:
         rows = [asdict(hit) | {"file": printable(hit.file)} for hit in hits]
-        console.print(json.dumps({"text": options.text, "folder": index.made.folder, "hits": rows}), soft_wrap=True)
+        print(json.dumps({"text": options.text, "folder": printable(index.made.folder), "hits": rows}))
         return 0
     table = Table("", "score", "time", "file", box=None, pad_edge=False)
     for number, hit in enumerate(hits, 1):

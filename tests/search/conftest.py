@@ -27,7 +27,7 @@ def recipe() -> Recipe:
     return Recipe("small", ModelConfig(video, TextEncoderConfig(**size)), objectives={"vtc": Vtc(embed_dim=16)})
 
 
-def write_video(path: Path, seconds: float, seed: int = 0, codec: str = "mpeg4", size: int = 64) -> None:
+def _write_video(path: Path, seconds: float, seed: int = 0, codec: str = "mpeg4", size: int = 64) -> None:
     """Frames of one grey each, brighter and brighter."""
     shades = np.linspace(20, 230, round(seconds * RATE)) - seed
     with av.open(str(path), "w") as target:
@@ -39,6 +39,12 @@ def write_video(path: Path, seconds: float, seed: int = 0, codec: str = "mpeg4",
             picture = np.full((size, size, 3), shade, np.uint8)
             target.mux(stream.encode(VideoFrame.from_ndarray(picture, "rgb24")))
         target.mux(stream.encode(None))
+
+
+@pytest.fixture(scope="session")
+def write_video():
+    """write_video(path, seconds, ...): a video of RATE frames a second."""
+    return _write_video
 
 
 @pytest.fixture(scope="session")
@@ -56,9 +62,9 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="session")
 def _media(tmp_path_factory):
     folder = tmp_path_factory.mktemp("media")
-    write_video(folder / "short.mp4", 3)
+    _write_video(folder / "short.mp4", 3)
     (folder / "films").mkdir()
-    write_video(folder / "films/long.mp4", 44, seed=10)
+    _write_video(folder / "films/long.mp4", 44, seed=10)
     Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(folder / "picture.png")
     (folder / "broken.mp4").write_bytes(b"no film at all" * 100)
     (folder / "notes.txt").write_text("not a film")

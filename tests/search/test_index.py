@@ -18,8 +18,8 @@ from smaug.search import __main__ as search_main
 from smaug.search import index as index_file
 from smaug.search import store
 from smaug.search.index import IndexOptions, cut, index
-from tests.search.conftest import RATE, write_video
 
+RATE = 4  # frames a second of what `write_video` writes
 BAD = "broken.mp4: not a media file"
 
 
@@ -92,7 +92,7 @@ def test_vectors_are_those_of_each_window(media, models, tmp_path, monkeypatch):
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-4)
 
 
-def test_only_what_changed_is_embedded(media, models, tmp_path, monkeypatch):
+def test_only_what_changed_is_embedded(media, models, tmp_path, monkeypatch, write_video):
     run_index(media, models, tmp_path)
     opened = []
     read_parts = index_file.read_parts
@@ -204,7 +204,7 @@ def test_refusals(media, models, tmp_path):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("smaug-read")]
 
 
-def test_links(media, models, tmp_path):
+def test_links(media, models, tmp_path, write_video):
     write_video(tmp_path / "outside.mp4", 2)
     (media / "link.mp4").symlink_to(tmp_path / "outside.mp4")
     (media / "inside.mp4").symlink_to("short.mp4")
@@ -230,6 +230,26 @@ def test_a_file_that_changes_while_it_is_read_is_left_to_the_next_run(media, mod
     assert code == 0 and "short.mp4: changed while it was read" in said and "short.mp4" not in entries
     _, said, entries, _ = run_index(media, models, tmp_path)
     assert embedded(said) == 1 and "short.mp4" in entries
+
+
+@pytest.mark.parametrize("batch", [1, 64])  # what came before the damage is embedded by then, or waits for more
+def test_half_a_film_is_not_in_the_index(media, models, tmp_path, monkeypatch, batch):
+    read_parts = index_file.read_parts
+
+    def fails(decoder, file, *more):
+        for part in read_parts(decoder, file, *more):
+            damaged = part.at and file.entry.name == "films/long.mp4"
+            yield replace(part, clips=None, times=[], reason="damaged") if damaged else part
+            if damaged:
+                return
+
+    monkeypatch.setattr(index_file, "PART", 2)
+    monkeypatch.setattr(index_file, "FIRST", batch)
+    monkeypatch.setattr(index_file, "read_parts", fails)
+    _, said, entries, _ = run_index(media, models, tmp_path, batch=batch, workers=1)
+    film = entries["films/long.mp4"]
+    assert "bad        films/long.mp4: damaged" in said and film.reason == "damaged" and not film.windows
+    assert {name for name, entry in entries.items() if entry.windows} == {"short.mp4", "picture.png"}
 
 
 def test_an_error_in_a_thread_is_not_lost(media, models, tmp_path, monkeypatch):

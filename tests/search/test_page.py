@@ -17,7 +17,6 @@ from smaug.run import load_run
 from smaug.search.index import IndexOptions, index
 from smaug.search.query import open_index
 from smaug.search.serve import make_app
-from tests.search.conftest import write_video
 
 ARTEFACTS = Path(__file__).resolve().parents[1] / "artefacts"  # not in git
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -34,7 +33,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def address(models, tmp_path_factory):
+def address(models, tmp_path_factory, write_video):
     folder = tmp_path_factory.mktemp("page")
     media = folder / "media"
     media.mkdir()

@@ -24,11 +24,10 @@ from smaug.search import store
 from smaug.search.index import IndexOptions, index
 from smaug.search.query import open_index
 from smaug.search.serve import make_app
-from tests.search.conftest import write_video
 
 
 @pytest.fixture(scope="module")
-def served(_media, models, tmp_path_factory):
+def served(_media, models, tmp_path_factory, write_video):
     """A folder, and its index in memory with its run."""
     folder = tmp_path_factory.mktemp("served")
     media = Path(shutil.copytree(_media, folder / "media"))
@@ -192,7 +191,7 @@ def command(*arguments, **more):
 
 
 @pytest.mark.slow
-def test_kill_serve_and_ctrl_c(media, models, tmp_path):
+def test_kill_serve_and_ctrl_c(media, models, tmp_path, write_video):
     """As a person does it: `index` is killed and goes on; `serve` says where it is and ends with Ctrl-C."""
     for number in range(20):
         write_video(media / f"{number}.mp4", 9, seed=number % 15)
