@@ -225,12 +225,12 @@ def _open(out: Path, made: Made, fresh: bool) -> Made:
     if not (out / "index.json").exists():
         if any(not path.name.startswith(".") for path in out.iterdir()) and not list(out.glob("files-*.jsonl")):
             raise ValueError(f"{out} is not empty, and holds no index; choose another --out")
-        store.write_made(out, made)
+        store.new(out, made)
         return made
     if fresh:
         with contextlib.suppress(ValueError):  # damaged, or of another version
             made = replace(made, generation=store.read_made(out).generation + 1)
-        store.write_made(out, made)
+        store.new(out, made)
         return made
     there = store.read_made(out)
     if (there.weights, there.tokenizer) != (made.weights, made.tokenizer):

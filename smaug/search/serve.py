@@ -17,6 +17,7 @@ import io
 import ipaddress
 import json
 import os
+import re
 import socket
 import stat
 import threading
@@ -36,6 +37,7 @@ from PIL import Image
 from rich.console import Console
 
 from smaug.data.decode import DecodeError, read_frames, read_image
+from smaug.data.journal import one_line
 from smaug.data.media import printable
 from smaug.embed import embed_texts
 from smaug.run import Run
@@ -106,7 +108,7 @@ def serve(options: ServeOptions, console: Console) -> int:
                 highlight=False, soft_wrap=True,
             )  # fmt: skip
         shown = f"[{host}]" if ":" in host else host
-        what = f"{len(index.files)} files, {len(index.of_row)} clips of {index.made.folder}"
+        what = f"{len(index.files)} files, {len(index.of_row)} clips of {one_line(index.made.folder)}"
         console.print(f"serving    {what}", highlight=False, soft_wrap=True)
         console.print(f"open       http://{shown}:{port}/ and end with Ctrl-C", highlight=False)
         server.serve_forever()  # until Ctrl-C, which it takes for its end
@@ -196,9 +198,9 @@ def make_app(index: Index, run: Run, host: str) -> Callable[..., Any]:
             rows = [_shown(hit) for hit in hits(text.strip(), request.args.get("windows") == "1")]
             return Response(json.dumps({"hits": rows}), content_type="application/json")
         what, _, number = request.path[1:].partition("/")
-        if what not in ("file", "thumbnail", "preview") or not (number.isascii() and number.isdecimal()):
+        if what not in ("file", "thumbnail", "preview") or not re.fullmatch("[0-9]{1,12}", number):
             raise Refused(404, "there is nothing here")
-        row = int(number[:12])
+        row = int(number)
         if row >= len(index.of_row):
             raise Refused(404, f"the index has no clip {row}")
         entry = index.files[index.of_row[row]]

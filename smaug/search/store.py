@@ -163,7 +163,8 @@ class Writer:
         """Windows `at`, at + 1, ... of a file; `vectors` (len(times), embed_dim) fp32."""
         data = np.ascontiguousarray(vectors, np.float32).tobytes()
         known = self.entries.get(entry.name)
-        if at and known is not None:
+        if at:
+            assert known is not None and len(known.windows) == at
             entry = known
         entry.windows += times
         entry.rows += range(self.rows, self.rows + len(times))
@@ -222,6 +223,12 @@ def compact(index: Path, made: Made) -> Made:
         writer.close()
     write_made(index, new)
     return new
+
+
+def new(index: Path, made: Made) -> None:
+    """An empty index of `made.generation`, in the place of what is there."""
+    _remove(index, lambda generation: generation == made.generation)  # left by a crash, and perhaps of another model
+    write_made(index, made)
 
 
 def write_made(index: Path, made: Made) -> None:

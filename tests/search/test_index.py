@@ -1,6 +1,7 @@
 """What is in an index is what the model says of each window; nothing is embedded twice, and nothing is lost."""
 
 import os
+import shutil
 import threading
 from dataclasses import replace
 
@@ -202,6 +203,24 @@ def test_refusals(media, models, tmp_path):
     with store.claimed(tmp_path / "index"), pytest.raises(ValueError, match=r"another process writes"):
         run_index(media, models, tmp_path)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("smaug-read")]
+
+
+@pytest.mark.parametrize("damage", ["index.json is gone", "index.json is damaged", "a crash while it was compacted"])
+def test_nothing_of_another_model_is_left(media, models, tmp_path, damage):
+    *_, vectors = run_index(media, models, tmp_path, model="b", out="right")
+    run_index(media, models, tmp_path)
+    folder, fresh = tmp_path / "index", True
+    if damage == "index.json is gone":
+        (folder / "index.json").unlink()
+        fresh = False
+    elif damage == "index.json is damaged":
+        (folder / "index.json").write_text("{")
+    else:
+        for name in ("files-0.jsonl", "vectors-0.f32"):
+            shutil.copy(folder / name, folder / name.replace("0", "1", 1))
+    code, said, entries, found = run_index(media, models, tmp_path, model="b", fresh=fresh)
+    assert code == 0 and embedded(said) == 8 and found.shape == vectors.shape
+    assert sum(len(entry.windows) for entry in entries.values()) == 8
 
 
 def test_links(media, models, tmp_path, write_video):
