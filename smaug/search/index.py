@@ -208,11 +208,6 @@ def index(options: IndexOptions, console: Console) -> int:
         writer = store.Writer(out, made)
         try:
             code = embed_folder(options, console, run, folder, out, writer)
-            writer.save()
-        except OSError as error:
-            raise OSError(
-                f"{out} cannot be written: {error.strerror or error}; when that is mended the same command goes on"
-            ) from None
         finally:
             writer.close()
         if code == 0:
@@ -352,7 +347,10 @@ def _compare(options: IndexOptions, folder: Path, writer: store.Writer) -> tuple
         if reason:  # seen again at no cost, so it is not remembered
             bad.append(Skip(printable(sample.name), reason))
             continue
-        found = path.stat()
+        try:
+            found = path.stat()
+        except OSError:  # it went away this moment
+            continue
         present.add(sample.name)
         entry = writer.entries.get(sample.name)
         if entry is None or not entry.is_of(found):

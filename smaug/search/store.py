@@ -185,13 +185,17 @@ class Writer:
     def save(self) -> None:
         """Raises OSError, and what was added since the last call is then not in the index."""
         (data, lines), self._ahead = self._ahead, ([], [])
-        for file, parts in (
-            (self._vectors, data),
-            (self._lines, [json.dumps(line).encode() + b"\n" for line in lines]),
-        ):
-            file.write(b"".join(parts))
-            file.flush()
-            os.fsync(file.fileno())
+        text = [json.dumps(line).encode() + b"\n" for line in lines]
+        try:
+            for file, parts in ((self._vectors, data), (self._lines, text)):  # in this order
+                file.write(b"".join(parts))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(
+                f"{self.index} cannot be written: {error.strerror or error}; "
+                "when that is mended the same command goes on"
+            ) from None
 
     def close(self) -> None:
         for file in (self._vectors, self._lines):
