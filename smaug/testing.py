@@ -1,13 +1,19 @@
-"""Shared by tests and benchmarks: packed inputs with awkward lengths, poisoned tails, and a counter of host reads."""
+"""Shared by tests and benchmarks: packed inputs with awkward lengths, poisoned tails, a counter of host reads,
+a run that was never trained."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from smaug.recipe import Recipe
 
 
 def offsets(lengths: Sequence[int], device: str = "cpu") -> Tensor:
@@ -57,3 +63,18 @@ class HostReads(TorchDispatchMode):
         if name in self.forbidden:
             self.found.append(name)
         return func(*args, **(kwargs or {}))
+
+
+def save_random_run(folder: Path, recipe: Recipe, captions: Sequence[str], fast: bool = False) -> None:
+    """The folder of a run that was never trained: random weights at step 0, and a tokenizer of `captions`."""
+    from smaug import checkpoint  # here: tests of the ops need no more than torch
+    from smaug.data.text import train_tokenizer
+    from smaug.recipe import to_json
+    from smaug.run import build
+
+    folder.mkdir(parents=True)
+    tokenizer = train_tokenizer(captions, recipe.data.vocabulary)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"recipe": to_json(recipe), "fast": fast, "size": "random"}))
+    model = build(recipe, tokenizer.get_vocab_size(), "reference")
+    checkpoint.save(folder / "checkpoints", 0, model, torch.optim.AdamW(model.parameters()), {})
