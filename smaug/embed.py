@@ -37,10 +37,8 @@ def embed_videos(run: Run, video: Tensor) -> Tensor:
 @torch.no_grad()
 def embed_texts(run: Run, texts: Sequence[str]) -> Tensor:
     """-> (n, embed_dim) fp32 unit vectors on the model's device; a text of more than `max_words` pieces is cut."""
-    heads = contrast_heads(run)
-    words = text.pack(
-        text.encode(run.tokenizer, texts, run.model.text.config.max_words), text.number(run.tokenizer, text.CLS)
-    )
+    heads, config = contrast_heads(run), run.model.text.config
+    words = text.pack_captions(run.tokenizer, texts, config.max_words, config.sep)
     run.model.eval()
     with run.way.autocast():
         features, _ = run.model.text(tree_map_only(Tensor, lambda x: x.to(run.way.device), words))

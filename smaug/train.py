@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 import smaug
-from smaug import checkpoint, device
+from smaug import checkpoint, device, pretrained
 from smaug import recipe as recipes
 from smaug.data.clips import Clips
 from smaug.data.journal import one_line
@@ -62,11 +62,15 @@ class Options:
 
 
 def parse(arguments: list[str]) -> tuple[Options, str]:
-    """Recipe and size come first, since they decide the defaults; a run to resume brings its own."""
+    """Recipe, size and pre-trained starts come first, as they decide the defaults; a run to resume brings its own."""
     rest = list(arguments)
     name = rest.pop(0) if rest and not rest[0].startswith("-") else DEFAULT_RECIPE
     asked = _take(rest, "--size")
     size = asked or "tiny"
+    starts = {part: _take(rest, f"--model.{part}") or "" for part in ("vision", "text")}
+    for part, start in starts.items():
+        if start.startswith("-"):
+            raise ValueError(f"--model.{part} needs a name on the Hugging Face Hub or a folder, and {start} is neither")
     fast = False
     run_dir = _peek(rest, "--run-dir")
     if "--resume" in rest:
@@ -79,11 +83,17 @@ def parse(arguments: list[str]) -> tuple[Options, str]:
         default, fast, size = saved, config["fast"], config["size"]
         if asked not in (None, size):
             raise ValueError(f"{run_dir} is a run of the size {size}, not of {asked}")
+        began = {"vision": saved.model.video.start, "text": saved.model.text.start}
+        for part, start in starts.items():
+            if start not in ("", began[part]):
+                raise ValueError(f"{run_dir} began its {part} from {began[part] or 'random weights'}, not from {start}")
     else:
         default = recipes.load(name, size)
+        default = replace(default, model=pretrained.fit(default.model, **starts))
     options = tyro.cli(
         Options,
-        prog=f"python -m smaug.train [{'|'.join(recipes.names())}] [--size {'|'.join(SIZES)}]",
+        prog=f"python -m smaug.train [{'|'.join(recipes.names())}] [--size {'|'.join(SIZES)}] "
+        "[--model.vision CHECKPOINT] [--model.text CHECKPOINT]",
         description=__doc__,
         args=rest,
         default=Options(recipe=default, fast=fast),
@@ -133,7 +143,12 @@ def run(options: Options, size: str, command: str) -> int:
 
     torch.manual_seed(recipe.seed)
     # Sizes do not depend on the captions' words but for the word table, which costs no arithmetic.
-    scratch = build(recipe, vocabulary=64, impl=way.impl)
+    words, starts = 64, []
+    if recipe.model.text.start and not options.resume:
+        words = pretrained.load_tokenizer(recipe.model.text.start).get_vocab_size()
+    scratch = build(recipe, words, impl=way.impl)
+    if not options.resume:  # refuses a start that does not fit before anything is written
+        starts = pretrained.load_weights(scratch, recipe.model)
     parameters = sum(p.numel() for p in scratch.parameters())
     seconds = predicted_seconds(scratch, recipe, steps, device.matrix_rate(way))
     console.print(
@@ -145,6 +160,8 @@ def run(options: Options, size: str, command: str) -> int:
     console.print(
         f"predicted  {seconds / 60:.1f} minutes of training for {steps} steps (from counted FLOPs)", highlight=False
     )
+    for sentence in starts:
+        console.print(f"start      {sentence}", highlight=False, soft_wrap=True)
     console.print(f"run        {folder}", highlight=False, soft_wrap=True)
 
     clips, held_out = (open_split(recipe, split, console, way.device) for split in ("train", "test"))
@@ -167,6 +184,7 @@ def run(options: Options, size: str, command: str) -> int:
         "step": 0, "clips": 0, "tokens_computed": 0, "tokens_dense": 0,
         "device_seconds": 0.0, "data_seconds": 0.0, "wall_seconds": 0.0,
     }  # fmt: skip
+    state = None
     if options.resume:
         state, damaged = checkpoint.load_newest(folder / "checkpoints", model, optimizer)
         for sentence in damaged:
@@ -174,6 +192,8 @@ def run(options: Options, size: str, command: str) -> int:
         totals |= state["totals"] if state else {}
         at = f"step {totals['step']:.0f}" if state else "step 0, since there is no checkpoint yet"
         console.print(f"resuming at {at}", highlight=False)
+    if state is None:
+        pretrained.load_weights(model, recipe.model)
 
     loader = open_loader(recipe, clips, tokenizer)
     if loader.size < recipe.data.batch:
@@ -219,11 +239,14 @@ def _name_skipped(console: Console, path: Path, skips: Sequence[Skip]) -> list[s
 
 
 def _tokenizer(folder: Path, clips: Clips, recipe: Recipe, resume: bool) -> Tokenizer:
-    """The run's own, trained on its captions when it started."""
+    """The run's own: trained on its captions when it started, or that of the checkpoint it started from."""
     path = folder / "tokenizer.json"
     if resume and path.exists():
         return Tokenizer.from_file(str(path))
-    tokenizer = train_tokenizer([c for s in clips.samples for c in s.captions], recipe.data.vocabulary)
+    if recipe.model.text.start:
+        tokenizer = pretrained.load_tokenizer(recipe.model.text.start)
+    else:
+        tokenizer = train_tokenizer([c for s in clips.samples for c in s.captions], recipe.data.vocabulary)
     write(path, tokenizer.to_str(pretty=True))
     return tokenizer
 

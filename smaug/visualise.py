@@ -95,8 +95,8 @@ def main() -> int:
 
 
 def pack_caption(tokenizer: Tokenizer, caption: str, model: Model) -> PackedTokens:
-    words = text.encode(tokenizer, [caption], model.text.config.max_words)
-    return text.pack(words, text.number(tokenizer, text.CLS))
+    config = model.text.config
+    return text.pack_captions(tokenizer, [caption], config.max_words, config.sep)
 
 
 @torch.no_grad()
@@ -181,7 +181,7 @@ def rebuild(model: Model, recipe: Recipe, video: Tensor, ids_keep: Tensor, ids_r
         return None
     masked = model.video([(video, ids_keep)], seed=recipe.seed)
     visible = [masked.stayed] + (masked.left if objective.decoder.decoder_input == "exit" else [])
-    pred = decoder(visible, ids_removed.view(config.sequences(count), -1)).float().flatten(0, 1)
+    pred = decoder(visible, ids_removed.view(config.sequences(count), -1), masked.cls).float().flatten(0, 1)
     tube = decoder.tube
     if count == 1:  # an image: the mean over the tube's frames speaks for it, as in `Mvm`
         pred, tube = pred.unflatten(1, (3, tube[0], -1)).mean(2).flatten(1), (1, *tube[1:])

@@ -92,6 +92,7 @@ class Loader:
         frames: int,
         view: int = 1,
         max_words: int,
+        sep: bool = False,
         text_mask: TextMask,
         mlm_ratio: float = 0.0,
         seed: int,
@@ -109,6 +110,7 @@ class Loader:
         self.skipped: dict[int, Skip] = {}
         self.cls = text.number(tokenizer, text.CLS)
         self.mask = text.number(tokenizer, text.MASK)
+        self.sep = text.number(tokenizer, text.SEP) if sep else None
         self.mlm_mask = TextMask(mlm_ratio, "mask")
         self._order = functools.lru_cache(maxsize=4)(self._permutation)
 
@@ -157,8 +159,9 @@ class Loader:
         said = [self.clips.samples[n].captions for n in numbers]
         captions = [several[epoch % len(several)] for several in said]
         # One call for the batch, in the thread that makes it; the tokenizer releases the GIL.
-        words = text.encode(self.tokenizer, captions, self.max_words)
-        whole = text.pack(words, self.cls)
+        ends = self.sep is not None
+        words = text.encode(self.tokenizer, captions, self.max_words - ends)
+        whole = text.pack(words, self.cls, sep=self.sep)
         contrast, masked, rows, labels = whole, None, [], []
         counts: tuple[int, ...] = ()
         drawn: dict[str, Any] = {
@@ -169,17 +172,17 @@ class Loader:
         }
         if self.text_mask.ratio > 0:
             mask = self.mask if self.text_mask.kind == "mask" else None
-            contrast = text.pack(words, self.cls, self.text_mask.draw(**drawn), mask)
+            contrast = text.pack(words, self.cls, self.text_mask.draw(**drawn), mask, sep=self.sep)
         if self.mlm_mask.ratio > 0:
             kept = self.mlm_mask.draw(**drawn, stream=MLM_STREAM)
-            masked = text.pack(words, self.cls, kept, self.mask)
+            masked = text.pack(words, self.cls, kept, self.mask, sep=self.sep)
             counts = tuple(len(w) - len(stay) for w, stay in zip(words, kept, strict=True))
             first = 1
             for w, stay in zip(words, kept, strict=True):
                 gone = sorted(set(range(len(w))) - set(stay.tolist()))
                 rows += [first + place for place in gone]
                 labels += [w[place] for place in gone]
-                first += 1 + len(w)
+                first += 1 + len(w) + ends
         return Batch(
             groups=tuple(groups),
             words=whole,

@@ -125,12 +125,11 @@ def _encode_videos(
 
 def _encode_texts(model: Model, tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[Tensor, PackedTokens]:
     device = next(model.parameters()).device
-    words = text.encode(tokenizer, captions, model.text.config.max_words)
-    cls = text.number(tokenizer, text.CLS)
+    config = model.text.config
     features, encoded = [], []
-    for start in range(0, len(words), BATCH):
-        packed = tree_map_only(Tensor, lambda t: t.to(device), text.pack(words[start : start + BATCH], cls))
-        some, tokens = model.text(packed)
+    for start in range(0, len(captions), BATCH):
+        packed = text.pack_captions(tokenizer, captions[start : start + BATCH], config.max_words, config.sep)
+        some, tokens = model.text(tree_map_only(Tensor, lambda t: t.to(device), packed))
         features.append(some)
         encoded.append(tokens)
     return torch.cat(features), cat_tokens(encoded)
