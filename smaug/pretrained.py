@@ -15,17 +15,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
@@ -59,9 +51,13 @@ PIXELS = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "every": {
         **dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072),
-        **dict(hidden_act="gelu", layer_norm_eps=1e-12, image_size=224, patch_size=16, num_channels=3),
-        **dict(vocab_size=30522, max_position_embeddings=512, position_embedding_type="absolute", is_decoder=False),
+        **dict(hidden_act="gelu", layer_norm_eps=1e-12, patch_size=16, num_channels=3, is_decoder=False),
+        **dict(position_embedding_type="absolute"),
         **dict(use_relative_position_bias=False, use_shared_relative_position_bias=False),
+    },
+    "vit_mae": {
+        **dict(decoder_hidden_size=512, decoder_num_hidden_layers=8),
+        **dict(decoder_num_attention_heads=16, decoder_intermediate_size=2048),
     },
     "clip_vision_model": dict(hidden_act="quick_gelu", layer_norm_eps=1e-5, patch_size=32),
 }
@@ -82,7 +78,6 @@ BERT = {
     **{"norm1": "attention.output.LayerNorm", "norm2": "output.LayerNorm"},
     **{"up": "intermediate.dense", "down": "output.dense"},
 }
-Config = TypeVar("Config")
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ class Start:
 
     name: str
     folder: Path
-    type: str  # model_type of the encoder
+    kind: str  # model_type of the encoder
     config: dict[str, Any]
 
     def __getitem__(self, key: str) -> Any:
@@ -155,17 +150,14 @@ def load_weights(model: Model, config: ModelConfig) -> list[str]:
     config is what the model was built from. ValueError where it does not fit its checkpoint.
     """
     fitted = fit(config, config.video.start, config.text.start)
-    free = {"depth", "mean", "std", "sep", "start"}  # what may differ; text.depth and fusion.depth are looked at below
-    wrong = [
-        f"--model.{part}.{key} is {getattr(getattr(config, part), key)}, the checkpoint's {value}"
-        for part in ("video", "text", "fusion")
-        for key, value in vars(getattr(fitted, part)).items()
-        if value != getattr(getattr(config, part), key) and key not in free - ({"depth"} if part == "video" else set())
-    ]
+    wrong = []
+    for part, free in {"video": {"mean", "std"}, "text": {"depth", "sep"}, "fusion": {"depth"}}.items():
+        asked, found = vars(getattr(config, part)), vars(getattr(fitted, part))
+        for key in asked.keys() - free:
+            if asked[key] != found[key]:
+                wrong.append(f"--model.{part}.{key.replace('_', '-')} is {asked[key]}, the checkpoint's {found[key]}")
     if wrong:
-        raise ValueError(
-            f"the weights do not fit: {'; '.join(wrong)}. Leave it out, for --model.vision and --model.text set it"
-        )
+        raise ValueError(f"the weights do not fit: {'; '.join(sorted(wrong))}. Leave that out: the start sets it")
     said = []
     if config.video.start:
         said.append(_load_video(model, _find(config.video.start, "vision")))
@@ -181,39 +173,41 @@ def _find(name: str, kind: Kind) -> Start:
     if not raw:
         raise ValueError(f"{name} is no checkpoint: there is no config.json in {folder}")
     if kind == "vision" and raw.get("model_type") == "clip":
-        raw = {"model_type": "clip_vision_model", **raw.get("vision_config", {})}
-    type = raw.get("model_type")
+        raw = {"model_type": "clip_vision_model", **(raw.get("vision_config") or {})}
+    model_type = raw.get("model_type")
     known = ("bert",) if kind == "text" else tuple(PIXELS)
-    if type not in known:
-        raise ValueError(f"{name} is a {type!r}; a {kind} encoder can start from: {', '.join(known)}")
+    if model_type not in known:
+        raise ValueError(f"{name} is a {model_type!r}; a {kind} encoder can start from: {', '.join(known)}")
     if not any((folder / file).exists() for file in ("model.safetensors", "model.safetensors.index.json")):
         raise ValueError(
             f"{name} has no model.safetensors in {folder}, and other formats are not read. On the Hub a conversion "
             f"often waits as a pull request: name it as {name.partition('@')[0]}@refs/pr/N, with its number for N"
         )
-    return Start(name, folder, type, DEFAULTS["every"] | DEFAULTS.get(type, {}) | raw)
+    return Start(name, folder, model_type, DEFAULTS["every"] | DEFAULTS.get(model_type, {}) | raw)
 
 
 def _fetch(name: str) -> Path:
     """The folder of a repository on the Hub, fetched or from its cache."""
+    from huggingface_hub import errors, snapshot_download  # 0.3 s, which a run without a start need not wait for
+
     repository, _, revision = name.partition("@")
     try:
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=FILES))
-    except HFValidationError:
+    except errors.HFValidationError:
         raise ValueError(f"there is no folder {name}, and on the Hugging Face Hub nothing can be called so") from None
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise ValueError(f"{repository} has no revision {revision} on the Hugging Face Hub") from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise ValueError(
             f"there is no folder {name}, and the Hugging Face Hub shows no such model; for one that is not public, "
             "log in with `hf auth login`"
         ) from None
-    except LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:
         raise ValueError(
             f"there is no folder {name}, and the Hugging Face Hub cannot be reached and has left no copy of it on this "
             "machine; name a folder that holds config.json and model.safetensors"
         ) from None
-    except (HfHubHTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{name} cannot be fetched from the Hugging Face Hub: {reason}") from None
 
@@ -244,15 +238,13 @@ def _sizes(start: Start) -> dict[str, Any]:
     ratio = inner / width
     if int(ratio * width) != inner:  # rounded down
         ratio = math.nextafter(ratio, math.inf)
-    return {
-        **{"heads": heads, "mlp_ratio": ratio, "eps": start["layer_norm_eps"], "activation": start["hidden_act"]},
-    }
+    return {"heads": heads, "mlp_ratio": ratio, "eps": start["layer_norm_eps"], "activation": start["hidden_act"]}
 
 
 def _fit_video(video: VideoEncoderConfig, start: Start) -> VideoEncoderConfig:
     if start["num_channels"] != 3:
         raise ValueError(f"{start.name} takes pictures of {start['num_channels']} channels; a video has 3")
-    said, (mean, std) = _pixels(start), PIXELS[start.type]
+    said, (mean, std) = _pixels(start), PIXELS[start.kind]
     if not said.get("do_normalize", True) or abs(said.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-4:
         raise ValueError(f"{start.name} takes pixels in a way that is not known here, see its preprocessor_config.json")
     return replace(
@@ -263,7 +255,7 @@ def _fit_video(video: VideoEncoderConfig, start: Start) -> VideoEncoderConfig:
         patch=_square(start["patch_size"], start),
         mean=_three(said.get("image_mean", mean), start),
         std=_three(said.get("image_std", std), start),
-        norm_before=start.type == "clip_vision_model",
+        norm_before=start.kind == "clip_vision_model",
         relative_position=start["use_relative_position_bias"] or start["use_shared_relative_position_bias"],
         start=start.name,
     )
@@ -302,7 +294,7 @@ class Weights:
                 raw |= load_file(path)
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{path} cannot be read: {error}") from None
-        prefix = PREFIX[start.type]
+        prefix = PREFIX[start.kind]
         within = any(name.startswith(prefix) for name in raw)
         self.tensors = {}
         for name, tensor in raw.items():
@@ -320,7 +312,7 @@ class Weights:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.tensors:
-            raise ValueError(f"{self.start.name} lacks the weights {name.lstrip('.')}, which a {self.start.type} has")
+            raise ValueError(f"{self.start.name} lacks the weights {name.lstrip('.')}, which a {self.start.kind} has")
         self.left.discard(name)
         return self.tensors[name].float()
 
@@ -356,7 +348,7 @@ class Weights:
             self.layer(getattr(own, key), at + names[key])
 
     def left_out(self) -> str:
-        """The parts of the model that nobody has asked for, as people call them."""
+        """The parts of their model that have no place in ours."""
         parts = set()
         for name in self.left:
             words = name.lstrip(".").removesuffix(".weight").removesuffix(".bias").split(".")
@@ -365,7 +357,7 @@ class Weights:
 
 
 def _load_video(model: Model, start: Start) -> str:
-    weights, video, clip = Weights(start), model.video, start.type == "clip_vision_model"
+    weights, video, clip = Weights(start), model.video, start.kind == "clip_vision_model"
     config, rows = video.config, video.config.rows
     if max(config.prune.blocks, default=0) >= config.depth:
         raise ValueError(
@@ -423,11 +415,11 @@ def _load_video(model: Model, start: Start) -> str:
     if video.temporal:
         new.append(f"{len(video.temporal)} temporal layer{'s' * (len(video.temporal) > 1)} (the identity)")
 
-    said = [f"vision {start.name}: {start.type}, {config.depth} layers of {config.width}"]
+    said = [f"vision {start.name}: {start.kind}, {config.depth} layers of {config.width}"]
     if old != rows:
         said[0] += f", places {old} x {old} interpolated to {rows} x {rows}"
     if not _pixels(start):
-        said.append(f"no preprocessor_config.json, so pixels are normalised as usual for {start.type}")
+        said.append(f"no preprocessor_config.json, so pixels are normalised as usual for {start.kind}")
     for head in model.heads.values():
         if isinstance(head, Decoder) and ".decoder.decoder_embed.weight" in weights:
             said.append(_load_decoder(head, weights, video))
@@ -442,10 +434,9 @@ def _load_decoder(decoder: Decoder, weights: Weights, video: VideoEncoder) -> st
     heads, inner = start["decoder_num_attention_heads"], start["decoder_intermediate_size"]
     blocks = [block for block in decoder.blocks if isinstance(block, Block)]
     if ours != (width, depth, True) or (blocks[0].attention.heads, blocks[0].up.out_features) != (heads, inner):
-        return (
-            f"its decoder fits one of --objectives.mvm.decoder.width {width} .depth {depth} .heads {heads} .mlp-ratio "
-            f"{inner / width:g} .cls"
-        )
+        sizes = {"width": width, "depth": depth, "heads": heads, "mlp-ratio": f"{inner / width:g}", "cls": ""}
+        flags = " ".join(f"--objectives.mvm.decoder.{key} {size}" for key, size in sizes.items())
+        return f"its decoder would fit with {flags.strip()}"
     at = ".decoder.decoder_"
     assert isinstance(decoder.before, nn.LayerNorm) and decoder.cls_place is not None
     weights.layer(decoder.before, "layernorm")
@@ -494,7 +485,7 @@ def _load_text(model: Model, start: Start) -> str:
     for number, block in own:
         assert isinstance(block, Block | FusionBlock)
         weights.block(block, f"encoder.layer.{number}.", BERT)
-    said = [f"text {start.name}: {start.type}, {layers} layers of {config.width}"]
+    said = [f"text {start.name}: {start.kind}, {layers} layers of {config.width}"]
     if fusion:
         said[0] += f", the first {config.depth} for text, the last {len(fusion)} for fusion"
     new = ["cross-attention"] if fusion else []
