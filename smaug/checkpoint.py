@@ -5,6 +5,7 @@ A checkpoint is written aside, flushed to the disk and renamed, so one that has 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -57,6 +58,24 @@ def load_newest(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> tuple[dict[str, Any] | None, list[str]]:
     """Loads the newest whole checkpoint -> its state, None if there is none; and a sentence for each damaged one."""
+    state, files, damaged = read_newest(folder)
+    if state is not None:
+        model.load_state_dict(load(files["model.safetensors"]))
+        if optimizer is not None:
+            _set_optimizer_tensors(model, optimizer, load(files["optim.safetensors"]))
+    return state, damaged
+
+
+def load_weights(folder: Path) -> tuple[dict[str, Tensor], int]:
+    """The weights of the newest whole checkpoint, and its step. Raises ValueError if there is none."""
+    state, files, damaged = read_newest(folder)
+    if state is None:
+        raise ValueError(" ".join([*damaged, f"{folder} has no checkpoint to start from; train it first"]))
+    return load(files["model.safetensors"]), state["step"]
+
+
+def read_newest(folder: Path) -> tuple[dict[str, Any] | None, dict[str, bytes], list[str]]:
+    """The newest whole checkpoint: its state, None if there is none; its files; a sentence for each damaged one."""
     damaged: list[str] = []
     for step in reversed(steps(folder)):
         path = folder / f"step-{step}"
@@ -79,11 +98,14 @@ def load_newest(
         if wrong:
             damaged.append(f"{path} is damaged (checksum of {', '.join(wrong)}) and was passed over")
             continue
-        model.load_state_dict(load(files["model.safetensors"]))
-        if optimizer is not None:
-            _set_optimizer_tensors(model, optimizer, load(files["optim.safetensors"]))
-        return state, damaged
-    return None, damaged
+        return state, files, damaged
+    return None, {}, damaged
+
+
+def fingerprint(folder: Path, step: int) -> str:
+    """The first 16 hex digits of the sha256 of a checkpoint's weights: which model a number belongs to."""
+    with open(folder / f"step-{step}" / "model.safetensors", "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,30 +1,77 @@
-"""Retrieval metrics from a matrix of scores. Ties, and scores that are not numbers, count against the model."""
+"""Metrics from scores. Ties, and scores that are not numbers, count against the model."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+BLOCK = 1 << 24  # scores looked at together, so that what is made of them is small beside the matrix
 
 
 def retrieval_ranks(scores: Tensor, video_of_text: Tensor) -> tuple[Tensor, Tensor]:
     """Ranks, from 1, of what belongs together.
 
     scores (texts, videos); video_of_text (texts,) int64, the one video that a text tells of.
-    -> text-to-video ranks (texts,), and video-to-text ranks (videos,): of a video's best text among all other videos'
-    texts. A video without a text has rank 0. Singularity, Lei et al. 2023, counts the best of several texts so too.
+    -> `text_to_video_ranks` (texts,) and `video_to_text_ranks` (videos,), for which two matrices may be given as well.
     """
-    texts, videos = scores.shape
-    own = scores.gather(1, video_of_text[:, None])
-    t2v = (~(scores < own)).sum(1)  # its own score is among them, hence from 1; so written, a NaN loses
-
-    belongs = torch.zeros(texts, videos, dtype=torch.bool)
-    belongs[torch.arange(texts), video_of_text] = True
-    best = scores.masked_fill(~belongs, float("-inf")).amax(0)
-    v2t = 1 + (~(scores < best) & ~belongs).sum(0)
-    return t2v, torch.where(belongs.any(0), v2t, 0)
+    return text_to_video_ranks(scores, video_of_text), video_to_text_ranks(scores, video_of_text)
 
 
-def recalls(ranks: Tensor, prefix: str) -> dict[str, float]:
-    """R@1, R@5, R@10 as fractions and MedR, the median rank (the mean of the middle two), of ranks from 1."""
-    found = {f"{prefix}_r{k}": (ranks <= k).double().mean().item() for k in (1, 5, 10)}
-    return found | {f"{prefix}_medr": torch.quantile(ranks.double(), 0.5).item()}
+def text_to_video_ranks(scores: Tensor, video_of_text: Tensor) -> Tensor:
+    """(texts,) int64, from 1: of each text's video among all videos."""
+    ranks = []
+    step = max(1, BLOCK // max(1, scores.shape[1]))
+    for part, video in zip(scores.split(step), video_of_text.split(step), strict=True):
+        own = part.gather(1, video[:, None])
+        ranks.append((~(part < own)).sum(1))  # its own score is among them, hence from 1; so written, a NaN loses
+    return torch.cat(ranks)
+
+
+def video_to_text_ranks(scores: Tensor, video_of_text: Tensor) -> Tensor:
+    """(videos,) int64, from 1: of a video's best text among all other videos' texts; 0 for a video without a text.
+
+    Singularity, Lei et al. 2023, counts the best of several texts so too.
+    """
+    ranks = []
+    step = max(1, BLOCK // max(1, len(scores)))
+    for first in range(0, scores.shape[1], step):
+        part = scores[:, first : first + step]
+        belongs = video_of_text[:, None] == torch.arange(first, first + part.shape[1], device=scores.device)
+        best = part.masked_fill(~belongs, float("-inf")).amax(0)
+        rank = 1 + (~(part < best) & ~belongs).sum(0)
+        ranks.append(torch.where(belongs.any(0), rank, 0))
+    return torch.cat(ranks)
+
+
+def recalls(ranks: Tensor, prefix: str, suffix: str = "") -> dict[str, float]:
+    """Of ranks from 1: R@1, R@5, R@10 as fractions, MedR, the median rank (the mean of the middle two), and MeanR.
+
+    By name: {prefix}_r1{suffix} ... {prefix}_medr{suffix}, {prefix}_meanr{suffix}.
+    """
+    exact = ranks.double()
+    found = {f"r{k}": (ranks <= k).double().mean().item() for k in (1, 5, 10)}
+    found |= {"medr": exact.quantile(0.5).item(), "meanr": exact.mean().item()}
+    return {f"{prefix}_{name}{suffix}": value for name, value in found.items()}
+
+
+def right_answers(scores: Tensor, labels: Tensor) -> Tensor:
+    """(n,) bool: whether the label's score is above all others.
+
+    scores (n, classes); labels (n,) int64, the right class, or -1 where none of the classes is right: an answer that
+    the model cannot give is a wrong one. An option that is not there has the score -inf.
+    """
+    own = scores.gather(1, labels.clamp(min=0)[:, None])
+    return ((~(scores < own)).sum(1) == 1) & own.isfinite().squeeze(1) & (labels >= 0)
+
+
+def accuracies(right: Tensor, types: Sequence[str] = ()) -> dict[str, float]:
+    """`accuracy` of (n,) bool, and `accuracy_{type}` of the questions of each type; those of no type, "", in none."""
+    if types and len(types) != len(right):
+        raise ValueError(f"{len(right)} answers have {len(types)} types; give one for each answer")
+    exact = right.double()
+    found = {"accuracy": exact.mean().item()}
+    for kind in sorted(set(types) - {""}):
+        found[f"accuracy_{kind}"] = exact[torch.tensor([t == kind for t in types])].mean().item()
+    return found

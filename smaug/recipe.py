@@ -13,9 +13,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from smaug.data.loader import DataConfig
+from smaug.data.clips import DataConfig
+from smaug.data.questions import Task
 from smaug.masks import TextMask, VideoMask
 from smaug.model.model import SIZES, ModelConfig
+from smaug.objectives.answer import Answer
+from smaug.objectives.mc import Mc
 from smaug.objectives.mlm import Mlm
 from smaug.objectives.mvm import Mvm
 from smaug.objectives.vtc import Vtc
@@ -30,9 +33,10 @@ class Recipe:
     video_mask: VideoMask = field(default_factory=VideoMask)
     text_mask: TextMask = field(default_factory=TextMask)
     unmask_last: float = 0.0  # share of the steps, at the end, in which no patch is masked
-    objectives: dict[str, Vtc | Vtm | Mlm | Mvm] = field(
+    objectives: dict[str, Vtc | Vtm | Mlm | Mvm | Mc | Answer] = field(
         default_factory=dict
     )  # by the name under which they are logged
+    task: Task = "retrieval"  # what the data asks and what is evaluated: captions, open questions, multiple choice
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval_frames: int = 0  # of a clip at evaluation; 0: as many as in training

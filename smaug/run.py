@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
 from smaug import checkpoint, recipe
+from smaug.data.annotations import read_answers
 from smaug.data.clips import CPU, Clips, open_manifest, open_shapes
 from smaug.data.loader import Loader
 from smaug.device import Way, choose
 from smaug.model.model import Model
+from smaug.model.position import resample_time
+from smaug.objectives.answer import Answer, Speller
+from smaug.objectives.mc import Mc
 from smaug.objectives.mlm import Mlm
 from smaug.objectives.vtm import Vtm
 from smaug.recipe import Recipe
@@ -33,6 +40,7 @@ class Run:
     tokenizer: Tokenizer
     way: Way
     step: int
+    batch: int  # pairs a step that it was trained with
 
 
 def load_run(folder: Path, device: str = "auto") -> Run:
@@ -45,7 +53,8 @@ def load_run(folder: Path, device: str = "auto") -> Run:
     state, damaged = checkpoint.load_newest(folder / "checkpoints", model)
     if state is None:
         raise ValueError(" ".join([*damaged, f"{folder} has no checkpoint to evaluate; train it first"]))
-    return Run(saved, model, tokenizer, way, state["step"])
+    clips = state.get("totals", {}).get("clips", 0)
+    return Run(saved, model, tokenizer, way, state["step"], round(clips / max(1, state["step"])) or saved.data.batch)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -62,11 +71,59 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def build(recipe: Recipe, vocabulary: int, impl: str) -> Model:
-    pairs = any(isinstance(objective, Vtm | Mlm) for objective in recipe.objectives.values())
+    pairs = any(isinstance(objective, Vtm | Mlm | Mc | Answer) for objective in recipe.objectives.values())
     if pairs != (recipe.model.fusion.depth > 0):
-        raise ValueError("vtm and mlm need --model.fusion.depth of at least 1, and a fusion encoder needs one of them")
+        raise ValueError(
+            "vtm, mlm, mc and answer need --model.fusion.depth of at least 1, and a fusion encoder needs one of them"
+        )
     heads = {name: objective.heads(recipe.model, vocabulary) for name, objective in recipe.objectives.items()}
     return Model(recipe.model, vocabulary, heads, impl)
+
+
+def with_answers(recipe: Recipe, clips: Clips) -> Recipe:
+    """The recipe with the list of answers that its questions are classes of, if it has any: that of --data.answers, or
+    the most frequent ones of training; of equally frequent ones the first in the alphabet."""
+    objectives = dict(recipe.objectives)
+    for name, objective in objectives.items():
+        if isinstance(objective, Answer) and not objective.answers:
+            said = Counter(sample.answers[0] for sample in clips.samples)
+            ranked = sorted(said, key=lambda answer: (-said[answer], answer))[: objective.top]
+            answers = read_answers(recipe.data.answers) if recipe.data.answers else ranked
+            objectives[name] = replace(objective, answers=tuple(answers))
+    return replace(recipe, objectives=objectives)
+
+
+def start_from(model: Model, folder: Path) -> str:
+    """Loads what fits of another run's newest checkpoint -> a sentence that names what did not, and what stays new.
+
+    The table of times is stretched to the model's moments; of a longer table of words' places the first are loaded. A
+    decoder of answers starts from the fusion encoder, as Singularity's does (Lei et al. 2023, appendix).
+    """
+    saved, step = checkpoint.load_weights(folder / "checkpoints")
+    for name, head in model.heads.items():
+        if isinstance(head, Speller) and not any(key.startswith(f"heads.{name}.") for key in saved):
+            layers = {k: v for k, v in saved.items() if k.startswith("fusion.")}
+            saved |= {f"heads.{name}.layers.{k.removeprefix('fusion.')}": v for k, v in layers.items()}
+            saved |= {f"heads.{name}.{k}": saved[f"text.{k}"] for k in ("word.weight", "position")}
+    own = model.state_dict()
+    if len(saved["video.time"]) != len(own["video.time"]):
+        saved["video.time"] = resample_time(saved["video.time"], len(own["video.time"]))
+    if len(saved["text.position"]) < len(own["text.position"]):
+        saved["text.position"] = torch.cat(
+            [saved["text.position"], own["text.position"][len(saved["text.position"]) :]]
+        )
+    fit = {key: value for key, value in saved.items() if key in own and own[key].shape == value.shape}
+    model.load_state_dict(fit, strict=False)
+
+    def rooms(keys: Iterable[str]) -> str:
+        return ", ".join(sorted({".".join(key.split(".")[: 2 if key.startswith("heads.") else 1]) for key in keys}))
+
+    said = f"{folder}, step {step}: {len(fit)} of {len(own)} tensors"
+    if new := rooms(own.keys() - fit.keys()):
+        said += f"; new in {new}"
+    if unused := rooms(saved.keys() - fit.keys()):
+        said += f"; left out of {unused}"
+    return said
 
 
 def open_loader(recipe: Recipe, clips: Clips, tokenizer: Tokenizer) -> Loader:
@@ -81,6 +138,8 @@ def open_loader(recipe: Recipe, clips: Clips, tokenizer: Tokenizer) -> Loader:
         sep=recipe.model.text.sep,
         text_mask=recipe.text_mask,
         mlm_ratio=next((o.ratio for o in recipe.objectives.values() if isinstance(o, Mlm)), 0.0),
+        answers=next((o.answers for o in recipe.objectives.values() if isinstance(o, Answer)), ()),
+        spell=any(isinstance(o, Answer) and o.by == "decoder" for o in recipe.objectives.values()),
         seed=recipe.seed,
     )
 
@@ -90,7 +149,7 @@ def open_split(recipe: Recipe, split: str, console: Console, device: torch.devic
     size, data = recipe.model.video.image_size, recipe.data
     if data.manifest:
         own = split != "train" and data.eval_manifest
-        clips = open_manifest(data.eval_manifest if own else data.manifest, data, size, device)
+        clips = open_manifest(data.eval_manifest if own else data.manifest, data, size, device, recipe.task)
         videos = sum(s.kind == "video" for s in clips.samples)
         what = f"{clips.name}, {videos} videos and {len(clips) - videos} images; decoder {clips.decoder.name}"
         if clips.skipped:
@@ -98,20 +157,28 @@ def open_split(recipe: Recipe, split: str, console: Console, device: torch.devic
         if split != "train" and not own:
             what += "; these are training pairs, since no --data.eval-manifest was given"
     else:
-        with progress(console) as bars:
-            tasks: dict[str, Any] = {}
-
-            def report(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=total, note="")
-                    if not console.is_terminal:
-                        console.print(f"data       {what}: {total} clips", highlight=False)
-                bars.update(tasks[what], completed=done)
-
-            clips = open_shapes(split, data, size, report, device)
-        what = f"{clips.name}, {len(clips)} clips"
+        with reporting(console, "data       ") as report:
+            clips = open_shapes(split, data, size, report, device, recipe.task)
+        what = f"{clips.name}, {len(clips)} {'clips' if recipe.task == 'retrieval' else 'questions'}"
     console.print(f"{'data' if split == 'train' else 'evaluated':<11}{what}", highlight=False, soft_wrap=True)
     return clips
+
+
+@contextmanager
+def reporting(console: Console, log: str = "") -> Iterator[Callable[[str, int, int], None]]:
+    """A function of (what, how many are done, of how many) that draws a bar for each `what` on a terminal. Elsewhere it
+    says once how many there will be, if `log` is what such a line begins with."""
+    with progress(console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks or done < bars.tasks[tasks[what]].completed:  # the same again is a bar of its own
+                tasks[what] = bars.add_task(what, total=total, note="")
+                if log and not console.is_terminal:
+                    console.print(f"{log}{what}: {total} clips", highlight=False)
+            bars.update(tasks[what], completed=done)
+
+        yield report
 
 
 def progress(console: Console) -> Progress:

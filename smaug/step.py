@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +14,14 @@ from smaug.data.loader import Batch
 from smaug.masks import PAIR_STREAM, VideoMask, noise
 from smaug.model.model import Model
 from smaug.model.video_encoder import EncodedVideo
+from smaug.objectives.answer import Answer
+from smaug.objectives.mc import Mc
 from smaug.objectives.mlm import Mlm
-from smaug.objectives.seen import Masked, Pairs, Removed, Seen
+from smaug.objectives.seen import Asked, Choices, Masked, Pairs, Removed, Seen
 from smaug.objectives.vtc import VtcHeads
 from smaug.objectives.vtm import Vtm
 from smaug.recipe import Recipe
-from smaug.tokens import PackedTokens, cat_tokens, split_tokens, uniform_cu_seqlens
+from smaug.tokens import PackedTokens, cat_tokens, packed_uniform, split_tokens
 
 
 def training_step(model: Model, recipe: Recipe, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -36,10 +40,10 @@ def training_step(model: Model, recipe: Recipe, batch: Batch) -> tuple[Tensor, d
     features, words = encode_texts(model, text_views(recipe, batch))
 
     same, scores = positives(batch), contrast_scores(model, features["contrast"], video.features)
-    pairs = masked = None
+    fused = {}
     if model.fusion is not None:
-        pairs, masked = fuse(model, recipe, batch, video, features, words, same, next(iter(scores.values()), None))
-    seen = Seen(video, features["contrast"], same, removed, pairs, masked, recipe.seed, batch.epoch, scores)
+        fused = fuse(model, recipe, batch, video, features, words, same, next(iter(scores.values()), None))
+    seen = Seen(video, features["contrast"], same, removed, recipe.seed, batch.epoch, scores, **fused)
 
     parts = {name: objective(model.heads[name], seen) for name, objective in recipe.objectives.items()}
     weights = [recipe.objectives[name].weight for name in parts]
@@ -69,6 +73,10 @@ def text_views(recipe: Recipe, batch: Batch) -> dict[str, PackedTokens]:
             views["match"] = batch.words if objective.words == "whole" else batch.contrast
         if isinstance(objective, Mlm) and batch.masked is not None:
             views["masked"] = batch.masked
+        if isinstance(objective, Mc) and batch.options is not None:
+            views["options"] = batch.options
+        if isinstance(objective, Answer):
+            views["question"] = batch.words
     return views
 
 
@@ -100,36 +108,57 @@ def fuse(
     words: dict[str, PackedTokens],
     same: Tensor,
     scores: Tensor | None,
-) -> tuple[Pairs | None, Masked | None]:
-    """Positives, hard negatives and masked captions in one call of the fusion encoder. scores (B, B) choose the
-    negatives; without them all are alike."""
+) -> dict[str, Any]:
+    """All that any objective wants to see fused, in one call of the fusion encoder -> fields of `Seen`.
+
+    Pairs that match and hard negatives, options, questions and masked captions. scores (B, B) choose the negatives;
+    without them all are alike.
+    """
     assert model.fusion is not None
     texts: list[PackedTokens] = []
     summaries: list[Tensor] = []
     videos: list[Tensor] = []
-    valid: list[Tensor] = []
-    asked: list[Tensor] = []  # the words whose answers are read: [CLS] of a pair, the masked ones of a masked caption
-    counts: list[int] = []
+    asked: list[Tensor] = []  # the words whose answers are read, such as the [CLS] of a pair
+    counts: list[int] = []  # how many of each text
     own = torch.arange(len(same), device=same.device)
+    rows = 0
+
+    def add(view: str, video_ids: Tensor, these: Tensor, each: Sequence[int]) -> None:
+        nonlocal rows
+        texts.append(words[view])
+        summaries.append(features[view])
+        videos.append(video_ids)
+        asked.append(these + rows)
+        counts.extend(each)
+        rows += words[view].rows
+
+    def add_first(view: str, video_ids: Tensor) -> None:
+        add(view, video_ids, words[view].first_rows(), [1] * len(video_ids))
+
+    parts: dict[str, int] = {}  # rows of the result that belong to each
+    valid: list[Tensor] = []
     for objective in recipe.objectives.values():
         if isinstance(objective, Vtm):
             likely = torch.zeros(same.shape, device=same.device) if scores is None else scores.detach()
             negatives, found = hard_negatives(likely, same, objective.negatives, recipe.seed, batch.step)
-            copies = 1 + negatives.shape[1]
-            texts += [words["match"]] * copies
-            summaries += [features["match"]] * copies
-            videos += [own, *negatives.unbind(1)]
-            valid += [torch.ones_like(found[:, 0]), *found.unbind(1)]
-            each = uniform_cu_seqlens(copies - 1, words["match"].rows, same.device)
-            asked.append((each[:, None] + words["match"].first_rows()).flatten())
-            counts += [1] * copies * len(own)
-    pairs_count = len(counts)
+            for video_ids in (own, *negatives.unbind(1)):
+                add_first("match", video_ids)
+            valid = [torch.ones_like(found[:, 0]), *found.unbind(1)]
+            parts["pairs"] = len(own) * len(valid)
+    if "options" in words:
+        each = words["options"].num_sequences // len(own)
+        add_first("options", own[:, None].expand(-1, each).flatten())
+        parts["choices"] = len(own) * each
+    if "question" in words:
+        if batch.begun is None:
+            add_first("question", own)
+        else:  # a decoder reads all words of the question
+            every = torch.arange(words["question"].rows, device=own.device)
+            add("question", own, every, cast(Sequence[int], words["question"].lengths))
+        parts["asked"] = len(asked[-1])
     if "masked" in words:
-        asked.append(batch.masked_rows + sum(text.rows for text in texts))
-        counts += batch.masked_counts
-        texts.append(words["masked"])
-        summaries.append(features["masked"])
-        videos.append(own)
+        add("masked", own, batch.masked_rows, batch.masked_counts)
+        parts["masked"] = len(batch.masked_rows)
 
     kv_ids = video.frame_ids.index_select(0, torch.cat(videos))
     gate = None
@@ -140,14 +169,19 @@ def fuse(
         kv_ids, gate = model.selector(video.summaries, query, kv_ids, seed=recipe.seed, step=batch.step)
     fused = model.fusion(texts, video.frames, kv_ids, gate, rows=torch.cat(asked), lengths=tuple(counts))
 
-    pairs = masked = None
-    answers, hidden = fused.values.split([pairs_count, fused.rows - pairs_count])
-    if pairs_count:
-        labels = F.pad(torch.ones_like(own), (0, pairs_count - len(own)))
-        pairs = Pairs(answers, labels, torch.cat(valid))
-    if "masked" in words:
-        masked = Masked(hidden, batch.masked_labels)
-    return pairs, masked
+    seen: dict[str, Any] = {}
+    for (name, count), values in zip(parts.items(), fused.values.split(list(parts.values())), strict=True):
+        if name == "pairs":
+            labels = F.pad(torch.ones_like(own), (0, count - len(own)))
+            seen[name] = Pairs(values, labels, torch.cat(valid))
+        elif name == "choices":
+            seen[name] = Choices(values, batch.answers)
+        elif name == "asked":
+            question = packed_uniform(values, 1) if batch.begun is None else words["question"].with_values(values)
+            seen[name] = Asked(question, batch.answers, batch.begun, batch.begun_labels, batch.begun_of)
+        else:
+            seen[name] = Masked(values, batch.masked_labels)
+    return seen
 
 
 def contrast_scores(model: Model, text: Tensor, video: Tensor) -> dict[nn.Module, Tensor]:

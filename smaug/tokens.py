@@ -359,3 +359,20 @@ def take_rows(tokens: PackedTokens, rows: Tensor, lengths: Sequence[int] | int) 
     cu_seqlens = known_cu_seqlens(each, rows.device)
     values, ids, size = (x.index_select(0, rows) for x in (tokens.values, tokens.ids, tokens.size))
     return packed_ragged(values, cu_seqlens, ids=ids, size=size, lengths=lengths)
+
+
+def regroup(tokens: PackedTokens, counts: Sequence[int]) -> PackedTokens:
+    """Every counts[g] neighbouring sequences as one, a view of the values; host numbers that sum up to S."""
+    each, first = tokens.lengths, [0, *itertools.accumulate(counts)]
+    if each is None or first[-1] != tokens.num_sequences:
+        raise ValueError(
+            f"{first[-1]} sequences are to be grouped, and there are {tokens.num_sequences}; counts must sum up to "
+            "these, and their lengths must be known to the host."
+        )
+    if isinstance(each, int):
+        lengths = [each * count for count in counts]
+    else:
+        ends = [0, *itertools.accumulate(each)]
+        lengths = [ends[b] - ends[a] for a, b in itertools.pairwise(first)]
+    cu_seqlens = known_cu_seqlens(lengths, tokens.values.device)
+    return PackedTokens(tokens.values, cu_seqlens, tokens.ids, tokens.size, max(lengths, default=0), tuple(lengths))

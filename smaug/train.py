@@ -34,13 +34,24 @@ from smaug.data.loader import Batch, Loader
 from smaug.data.manifest import ManifestError, Skip
 from smaug.data.shapes import DamagedError
 from smaug.data.text import train_tokenizer
-from smaug.evaluate.scores import evaluate, print_result
+from smaug.evaluate.scores import evaluate, print_result, provenance
 from smaug.model.model import SIZES, Model
 from smaug.objectives.mlm import Mlm
 from smaug.objectives.vtm import Vtm
 from smaug.optim import adamw, learning_rate
 from smaug.recipe import Recipe
-from smaug.run import build, open_loader, open_split, progress, read_config, refuse, write
+from smaug.run import (
+    build,
+    open_loader,
+    open_split,
+    progress,
+    read_config,
+    refuse,
+    reporting,
+    start_from,
+    with_answers,
+    write,
+)  # fmt: skip
 from smaug.step import keep_rate, text_views, training_step, video_mask
 
 DEFAULT_RECIPE = "smaug"
@@ -54,6 +65,7 @@ class Options:
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     fast: bool = False  # the fastest correct way on this machine; without it plain reference ops in fp32
     run_dir: Path | None = None  # default: runs/{recipe}-{size}-{time}
+    init: Path | None = None  # start from the model and the tokenizer of this run
     resume: bool = False  # go on with the run in --run-dir
     max_steps: int | None = None  # stop after this many steps; the schedule stays as long as it is
     checkpoint_every: int = 200  # steps
@@ -76,6 +88,8 @@ def parse(arguments: list[str]) -> tuple[Options, str]:
     if "--resume" in rest:
         if run_dir is None:
             raise ValueError("--resume needs --run-dir: the folder of the run to go on with")
+        if _peek(rest, "--init"):
+            raise ValueError(f"--resume goes on with {run_dir}, which has begun already; leave --init out")
         config = read_config(Path(run_dir))
         saved = recipes.from_json(config["recipe"])
         if arguments[:1] == [name] and name != saved.name:
@@ -83,10 +97,20 @@ def parse(arguments: list[str]) -> tuple[Options, str]:
         default, fast, size = saved, config["fast"], config["size"]
         if asked not in (None, size):
             raise ValueError(f"{run_dir} is a run of the size {size}, not of {asked}")
-        began = {"vision": saved.model.video.start, "text": saved.model.text.start}
-        for part, start in starts.items():
-            if start not in ("", began[part]):
-                raise ValueError(f"{run_dir} began its {part} from {began[part] or 'random weights'}, not from {start}")
+        _same_starts(run_dir, saved, starts)
+    elif init := _peek(rest, "--init"):
+        config = read_config(Path(init))
+        if asked not in (None, config["size"]):
+            raise ValueError(f"--init {init} is a run of the size {config['size']}, not of {asked}")
+        size = config["size"]
+        default = recipes.load(name, size)
+        saved = recipes.from_json(config["recipe"])
+        _same_starts(init, saved, starts)
+        model, fusion = saved.model, default.model.fusion
+        if not model.fusion.depth:  # a dual encoder alone; the recipe brings what it needs
+            fusion = replace(model.fusion, depth=fusion.depth) if model.text.start else fusion
+            model = replace(model, fusion=fusion)
+        default = replace(default, model=model)
     else:
         default = recipes.load(name, size)
         default = replace(default, model=pretrained.fit(default.model, **starts))
@@ -106,6 +130,13 @@ def parse(arguments: list[str]) -> tuple[Options, str]:
             f"config.json: {changed or '--fast'}. Leave it out, or start a new run."
         )
     return options, size
+
+
+def _same_starts(run: str, saved: Recipe, asked: dict[str, str]) -> None:
+    began = {"vision": saved.model.video.start, "text": saved.model.text.start}
+    for part, start in asked.items():
+        if start not in ("", began[part]):
+            raise ValueError(f"{run} began its {part} from {began[part] or 'random weights'}, not from {start}")
 
 
 def _take(arguments: list[str], flag: str) -> str | None:
@@ -144,10 +175,11 @@ def run(options: Options, size: str, command: str) -> int:
     torch.manual_seed(recipe.seed)
     # Sizes do not depend on the captions' words but for the word table, which costs no arithmetic.
     words, starts = 64, []
-    if recipe.model.text.start and not options.resume:
+    begins = not options.resume and not options.init
+    if recipe.model.text.start and begins:
         words = pretrained.load_tokenizer(recipe.model.text.start).get_vocab_size()
     scratch = build(recipe, words, impl=way.impl)
-    if not options.resume:  # refuses a start that does not fit before anything is written
+    if begins:  # refuses a start that does not fit before anything is written
         starts = pretrained.load_weights(scratch, recipe.model)
     parameters = sum(p.numel() for p in scratch.parameters())
     seconds = predicted_seconds(scratch, recipe, steps, device.matrix_rate(way))
@@ -165,9 +197,14 @@ def run(options: Options, size: str, command: str) -> int:
     console.print(f"run        {folder}", highlight=False, soft_wrap=True)
 
     clips, held_out = (open_split(recipe, split, console, way.device) for split in ("train", "test"))
-    tokenizer = _tokenizer(folder, clips, recipe, options.resume)
-    if not options.resume:
+    tokenizer = _tokenizer(folder, clips, options)
+    init = options.init
+    if options.resume:
+        init = read_config(folder).get("init")
+    else:
+        recipe = with_answers(recipe, clips)
         config = {
+            "init": str(init) if init else None,
             "size": size,
             "fast": options.fast,
             "command": command,
@@ -192,13 +229,15 @@ def run(options: Options, size: str, command: str) -> int:
         totals |= state["totals"] if state else {}
         at = f"step {totals['step']:.0f}" if state else "step 0, since there is no checkpoint yet"
         console.print(f"resuming at {at}", highlight=False)
-    if state is None:
+    if state is None and not init:
         pretrained.load_weights(model, recipe.model)
+    if init and not totals["step"]:
+        console.print(f"init       {start_from(model, Path(init))}", highlight=False, soft_wrap=True)
 
     loader = open_loader(recipe, clips, tokenizer)
     if loader.size < recipe.data.batch:
         console.print(f"batch is {loader.size}, since there are no more clips", highlight=False)
-    loop = Loop(options, folder, console, way, model, optimizer, loader, totals, began)
+    loop = Loop(options, recipe, folder, console, way, model, optimizer, loader, totals, began)
     try:
         finished = loop.train(steps)
     finally:  # a run that too many bad files end names all of them, too
@@ -210,10 +249,13 @@ def run(options: Options, size: str, command: str) -> int:
         )
         return 0
 
-    result = evaluate(model, recipe, held_out, tokenizer, way)
+    with reporting(console) as report:
+        result = evaluate(model, recipe, held_out, tokenizer, way, report=report)
     totals["wall_seconds"] += time.perf_counter() - loop.began
     result |= {
         **totals,
+        **provenance(recipe.data, recipe.data),
+        "checkpoint": checkpoint.fingerprint(folder / "checkpoints", int(totals["step"])),
         "recipe": recipe.name,
         "size": size,
         "batch": loader.size,
@@ -238,15 +280,18 @@ def _name_skipped(console: Console, path: Path, skips: Sequence[Skip]) -> list[s
     return known
 
 
-def _tokenizer(folder: Path, clips: Clips, recipe: Recipe, resume: bool) -> Tokenizer:
-    """The run's own: trained on its captions when it started, or that of the checkpoint it started from."""
+def _tokenizer(folder: Path, clips: Clips, options: Options) -> Tokenizer:
+    """The run's own: that of the run or the checkpoint it starts from, or trained on its texts when it started."""
     path = folder / "tokenizer.json"
-    if resume and path.exists():
+    if options.resume and path.exists():
         return Tokenizer.from_file(str(path))
-    if recipe.model.text.start:
-        tokenizer = pretrained.load_tokenizer(recipe.model.text.start)
+    if options.init:
+        tokenizer = Tokenizer.from_file(str(options.init / "tokenizer.json"))
+    elif options.recipe.model.text.start:
+        tokenizer = pretrained.load_tokenizer(options.recipe.model.text.start)
     else:
-        tokenizer = train_tokenizer([c for s in clips.samples for c in s.captions], recipe.data.vocabulary)
+        texts = [text for s in clips.samples for text in (*s.captions, *s.options, *s.answers)]
+        tokenizer = train_tokenizer(texts, options.recipe.data.vocabulary)
     write(path, tokenizer.to_str(pretty=True))
     return tokenizer
 
@@ -270,7 +315,8 @@ def count_tokens(recipe: Recipe, batch: Batch) -> tuple[int, int]:
         computed += sum(rows) / len(rows)
         dense += sequences + len(group.samples) * times * video.patches
     views = {id(view): view for view in text_views(recipe, batch).values()}
-    return round(computed) + sum(v.rows for v in views.values()), dense + len(views) * batch.words.rows
+    whole = [batch.options if view is batch.options else batch.words for view in views.values()]
+    return round(computed) + sum(v.rows for v in views.values()), dense + sum(w.rows for w in whole if w is not None)
 
 
 def predicted_seconds(model: Model, recipe: Recipe, steps: int, rate: float) -> float:
@@ -294,12 +340,12 @@ class Loop:
     """The training loop and what it must remember between steps."""
 
     def __init__(
-        self, options: Options, folder: Path, console: Console, way: device.Way, model: Model,
+        self, options: Options, recipe: Recipe, folder: Path, console: Console, way: device.Way, model: Model,
         optimizer: torch.optim.Optimizer, loader: Loader, totals: dict[str, float], began: float,
     ) -> None:  # fmt: skip
         self.options, self.folder, self.console, self.way = options, folder, console, way
         self.model, self.optimizer, self.loader, self.totals, self.began = model, optimizer, loader, totals, began
-        self.recipe = options.recipe
+        self.recipe = recipe
         self.stop = False
 
     def train(self, steps: int) -> bool:

@@ -95,4 +95,6 @@ def test_recalls_and_the_median(ranks):
     assert {k: found[f"x_r{k}"] for k in (1, 5, 10)} == {
         k: pytest.approx(sum(r <= k for r in ranks) / len(ranks), abs=1e-12) for k in (1, 5, 10)
     }
-    assert list(found) == ["x_r1", "x_r5", "x_r10", "x_medr"]
+    assert found["x_meanr"] == pytest.approx(statistics.mean(ranks))
+    assert list(found) == ["x_r1", "x_r5", "x_r10", "x_medr", "x_meanr"]
+    assert recalls(torch.tensor(ranks), "x", "_dsl") == {f"{key}_dsl": value for key, value in found.items()}

@@ -7,7 +7,16 @@ import torch
 from torch.utils import _pytree as pytree
 
 from smaug.testing import HostReads, offsets
-from smaug.tokens import HostLengths, PackedTokens, cat_tokens, packed_ragged, packed_uniform, split_tokens, take_rows
+from smaug.tokens import (
+    HostLengths,
+    PackedTokens,
+    cat_tokens,
+    packed_ragged,
+    packed_uniform,
+    regroup,
+    split_tokens,
+    take_rows,
+)
 
 
 def _ragged(lengths, d=3, tail=0, known=True):
@@ -139,6 +148,17 @@ def test_gradients_through_conversions():
         return cat_tokens([tokens, tokens]).to_padded(4)[0]
 
     assert torch.autograd.gradcheck(f, (x,))
+
+
+@pytest.mark.parametrize("lengths", [[2, 0, 5, 1], [3, 3, 3, 3]])
+def test_regroup_joins_neighbours(lengths):
+    tokens = _ragged(lengths)
+    joined = regroup(tokens, (1, 3))
+    assert joined.values is tokens.values and joined.lengths == (lengths[0], sum(lengths[1:]))
+    assert joined.cu_seqlens.tolist() == [0, lengths[0], sum(lengths)] and joined.max_seqlen == max(joined.lengths)
+    for bad in (tokens, _ragged(lengths, known=False)):
+        with pytest.raises(ValueError, match="counts must sum up"):
+            regroup(bad, (1, 2) if bad is tokens else (1, 3))
 
 
 def test_meta_and_compile():

@@ -366,3 +366,43 @@ def test_real_clips_and_images_are_learned(call):
     # Below what a guess among the batch's 12 would cost, not only below the first.
     assert len(losses) == 15 and np.mean(losses[-5:]) < min(losses[0], np.log(12)) - 0.1, losses
     assert json.loads(Path("run/result.json").read_text())["skipped"] == 0
+
+
+QUESTIONS = ["--data.shapes", "64", "16", "16", "--data.batch=16", "--log-every=1", "--model.fusion.heads=2"]
+
+
+@pytest.mark.parametrize("recipe", ["mc", "qa", "retrieval"])
+def test_a_run_begins_from_another(call, undisturbed, tmp_path, recipe):
+    mine = ["--objectives.answer.by=decoder", "--objectives.answer.decoder.heads=2"] if recipe == "qa" else []
+    begin = [recipe, "--init", undisturbed, *QUESTIONS, *mine, "--optim.steps=3", "--fast"]
+    code, out, err = call(train.main, *begin, "--run-dir", "a")
+    assert code == 0, err
+    assert re.search(r"init +\S*undisturbed, step 12: \d+ of \d+ tensors; new in fusion", out)
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (undisturbed / "tokenizer.json").read_bytes()
+    result = json.loads((tmp_path / "a/result.json").read_text())
+    assert ("t2v_r1" if recipe == "retrieval" else "acc_text_only") in result and result["protocol"]
+    # stopped before its first checkpoint, it begins from the other run again
+    shutil.copytree("a", "b")
+    shutil.rmtree("b/checkpoints")
+    code, out, err = call(train.main, "--resume", "--run-dir", "b")
+    assert code == 0 and "init " in out, err
+    assert weights(tmp_path / "a", 3) == weights(tmp_path / "b", 3)
+    code, out, err = call(evaluate.main, "a", "--frames=8", "--ensemble=mean", "--no-controls", "--json", "again.json")
+    assert code == 0, err
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["checkpoint"] == result["checkpoint"] and "mean" in again["protocol"]
+
+
+def test_what_a_run_cannot_begin_from(call, undisturbed, tmp_path):
+    for begin, what in (
+        (["mc", "--init", "nowhere"], "nowhere holds no run: there is no nowhere/config.json"),
+        (["mc", "--init", undisturbed, "--size", "base"], "is a run of the size tiny, not of base"),
+        (["--resume", "--run-dir", undisturbed, "--init", undisturbed], "has begun already; leave --init out"),
+        (["qa", "--data.manifest", "x.csv"], "questions come in the formats msrvtt_qa"),
+    ):
+        code, _, err = call(train.main, *begin)
+        assert code == 1 and what in err
+    code, _, err = call(evaluate.main, undisturbed, "--task", "qa")
+    assert code == 1 and "the objective answer or mlm; this model was trained without either" in err
+    code, _, err = call(evaluate.main, undisturbed, "--task", "mc")
+    assert code == 1 and "multiple choice needs a match head" in err

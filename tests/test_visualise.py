@@ -169,7 +169,7 @@ def test_rebuilt_shows_the_decoder(seen, run):
     everything = replace(objective, decoder=replace(objective.decoder, share=1.0))
     parts = [Removed(group.video, group.samples, removed, 4)]
     with torch.no_grad():
-        loss = everything(run.model.heads["mvm"], Seen(encoded, None, None, parts, None, None, 0, 0))
+        loss = everything(run.model.heads["mvm"], Seen(encoded, None, None, parts, 0, 0))
     flat = pred.flatten(0, 1)
     torch.testing.assert_close(ops.pixel_loss(flat[None], group.video, removed, patch=(2, 8, 8)), loss)
     again = visualise.paste(group.video[0], removed[0], flat, (2, 8, 8))

@@ -19,6 +19,7 @@ from smaug.data.decode.choose import Choice
 from smaug.data.decode.contract import MAX_SECONDS
 from smaug.data.frames import Crop, FrameSampler, Pick
 from smaug.data.manifest import ManifestError, Sample, Skip, check_files
+from smaug.data.questions import Task, ask_about_shapes, question_samples
 from smaug.data.source import read_source, source_name
 
 View = tuple[Pick, Crop | None, bool]  # which frames of a clip, which part of them, and whether left is right
@@ -36,6 +37,7 @@ class DataConfig:
     video_column: str = "video"
     image_column: str = "image"
     caption_column: str = "caption"
+    answers: Path | None = None  # list of all answers to open questions; default: the most frequent ones of training
     shapes: tuple[int, int, int] = (6000, 500, 500)  # clips of the embedded set: train, val, test (the last two even)
     batch: int = 64  # pairs a step
     decoder: Choice = "auto"  # who reads videos; one that is named is used, or the run does not begin
@@ -73,6 +75,7 @@ class Clips:
     skipped: list[Skip] = field(default_factory=list)  # found unusable before any was decoded
     augmented: bool = False  # whether training may crop and flip
     sampler: FrameSampler = FrameSampler()
+    places: np.ndarray | None = None  # (samples,) whose clip each sample is in `frames`; none: its own
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -81,9 +84,10 @@ class Clips:
         """(F, size, size, 3) uint8 of each clip on the decoder's device, or why not; an image has one frame."""
         if self.frames is not None:
             times = np.arange(self.frames.shape[1]) / shapes.RATE
+            places = numbers if self.places is None else self.places[list(numbers)]
             return [
-                Got(torch.from_numpy(self.frames[number, list(pick(times))]), "", "map")
-                for number, (pick, _, _) in zip(numbers, views, strict=True)
+                Got(torch.from_numpy(self.frames[place, list(pick(times))]), "", "map")
+                for place, (pick, _, _) in zip(places, views, strict=True)
             ]
         wants = [
             Want(self.samples[number].path, self.samples[number].kind, *view)
@@ -92,26 +96,45 @@ class Clips:
         return self.decoder.decode(wants, self.size)
 
 
-def open_shapes(split: str, config: DataConfig, size: int, report: shapes.Report, device: torch.device = CPU) -> Clips:
-    """The embedded data set, built on first use."""
+def open_shapes(
+    split: str,
+    config: DataConfig,
+    size: int,
+    report: shapes.Report,
+    device: torch.device = CPU,
+    task: Task = "retrieval",
+) -> Clips:
+    """The embedded data set, built on first use: its clips with their captions, or the questions about them."""
     folder = shapes.build(config.shapes, report)
     rows = [json.loads(line) for line in (folder / f"{split}.jsonl").open()]
+    samples = [Sample(folder / r["video"], "video", (r["caption"],), r["video"]) for r in rows]
+    new = np.array([r["new_combination"] for r in rows])
+    places = None
+    if task != "retrieval":
+        number = {sample.name: i for i, sample in enumerate(samples)}
+        samples = ask_about_shapes([shapes.read_scene(r["scene"]) for r in rows], samples, split, task)
+        places = np.array([number[sample.name] for sample in samples])
     return Clips(
         name=f"shapes {split}",
-        samples=[Sample(folder / r["video"], "video", (r["caption"],), r["video"]) for r in rows],
+        samples=samples,
         size=size,
         decoder=_decoder(config, device),
         frames=shapes.decoded(folder, split, size, report) if config.cache else None,
         sampler=config.sampler,
-        subsets={"new_combinations": np.array([r["new_combination"] for r in rows])} if split != "train" else {},
+        subsets={"new_combinations": new if places is None else new[places]} if split != "train" else {},
+        places=places,
     )
 
 
-def open_manifest(paths: Sequence[Path], config: DataConfig, size: int, device: torch.device = CPU) -> Clips:
-    """One's own data, all that `read_source` takes. Missing files are in `skipped`; too many end the run here."""
+def open_manifest(
+    paths: Sequence[Path], config: DataConfig, size: int, device: torch.device = CPU, task: Task = "retrieval"
+) -> Clips:
+    """One's own data: all that `read_source` takes, or questions. Missing files are in `skipped`; too many end it."""
     skipped: list[Skip] = []
     columns = (config.video_column, config.image_column, config.caption_column)
-    if config.format is not None:
+    if task != "retrieval":
+        samples = question_samples(config.format, paths, config.root, task, skipped=skipped)
+    elif config.format is not None:
         samples = read_captions(config.format, paths, config.root, skipped=skipped)
     else:
         samples = read_source(paths, config.root, *columns, skipped=skipped)

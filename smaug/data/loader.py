@@ -25,6 +25,8 @@ from smaug.masks import MLM_STREAM, TextMask
 from smaug.tokens import PackedTokens
 
 AHEAD = 2  # batches made ahead of the step
+IGNORED = -100  # the label of what does not count; cross_entropy's default
+NO_ANSWERS = torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,12 @@ class Batch:
     epoch: int
     step: int
     names: tuple[str, ...]
+    options: PackedTokens | None = None  # of multiple choices: as many texts in a row for each clip
+    answers: Tensor = NO_ANSWERS  # (B,) int64, number of the right option, or in the list of answers; -100: not in it
+    # For a decoder of answers, see `text.beginnings`: n of them, the word after each, and whose each is, (n,) int64.
+    begun: PackedTokens | None = None
+    begun_labels: Tensor = NO_ANSWERS
+    begun_of: Tensor = NO_ANSWERS
 
     def __len__(self) -> int:
         return len(self.names)
@@ -69,6 +77,11 @@ class Batch:
             masked=tree_map_only(Tensor, move, self.masked),
             masked_rows=move(self.masked_rows),
             masked_labels=move(self.masked_labels),
+            options=tree_map_only(Tensor, move, self.options),
+            answers=move(self.answers),
+            begun=tree_map_only(Tensor, move, self.begun),
+            begun_labels=move(self.begun_labels),
+            begun_of=move(self.begun_of),
             video_keys=move(self.video_keys),
             caption_keys=move(self.caption_keys),
         )
@@ -81,6 +94,8 @@ class Loader:
     `config.image_share` the images and the videos have permutations and epochs of their own, and that share of the
     steps is made of images. A clip that cannot be decoded is listed in `skipped` and another takes its place; above
     `config.max_bad` of all clips, ManifestError.
+
+    Of questions, batches hold the options or, numbered by the list `answers`, the answer; with `spell` its words, too.
     """
 
     def __init__(
@@ -95,6 +110,8 @@ class Loader:
         sep: bool = False,
         text_mask: TextMask,
         mlm_ratio: float = 0.0,
+        answers: Sequence[str] = (),
+        spell: bool = False,
         seed: int,
         rank: int = 0,
         ranks: int = 1,
@@ -112,6 +129,7 @@ class Loader:
         self.mask = text.number(tokenizer, text.MASK)
         self.sep = text.number(tokenizer, text.SEP) if sep else None
         self.mlm_mask = TextMask(mlm_ratio, "mask")
+        self.answers, self.spell = {answer: i for i, answer in enumerate(answers)}, spell
         self._order = functools.lru_cache(maxsize=4)(self._permutation)
 
     def _kinds(self) -> list[np.ndarray]:
@@ -183,6 +201,19 @@ class Loader:
                 rows += [first + place for place in gone]
                 labels += [w[place] for place in gone]
                 first += 1 + len(w) + ends
+        asked = [self.clips.samples[n] for n in numbers]
+        options, right, begun, after, belongs = None, NO_ANSWERS, None, NO_ANSWERS, NO_ANSWERS
+        if asked[0].options:
+            every = [option for sample in asked for option in sample.options]
+            options = text.pack(text.encode(self.tokenizer, every, self.max_words - ends), self.cls, sep=self.sep)
+            right = torch.tensor([sample.options.index(sample.answers[0]) for sample in asked])
+        elif asked[0].answers:
+            right = torch.tensor([self.answers.get(sample.answers[0], IGNORED) for sample in asked])
+            if self.spell:
+                spelled = text.encode(self.tokenizer, [sample.answers[0] for sample in asked], self.max_words)
+                parts, *numbered = text.beginnings(spelled, text.number(self.tokenizer, text.SEP))
+                begun = text.pack(parts, self.cls)
+                after, belongs = (torch.tensor(several) for several in numbered)
         return Batch(
             groups=tuple(groups),
             words=whole,
@@ -196,6 +227,11 @@ class Loader:
             epoch=epoch,
             step=step,
             names=tuple(self.clips.samples[n].name for n in numbers),
+            options=options,
+            answers=right,
+            begun=begun,
+            begun_labels=after,
+            begun_of=belongs,
         )
 
     def _read(self, order: np.ndarray, places: Sequence[int], epoch: int) -> list[tuple[int, Tensor]]:

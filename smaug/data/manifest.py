@@ -27,12 +27,15 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One file and what is said of it."""
+    """One file and what is said of it, or what is asked about it."""
 
     path: Path | Member
     kind: Literal["video", "image"]
-    captions: tuple[str, ...]  # at least one, none empty, in the order of the manifest
+    captions: tuple[str, ...]  # at least one, none empty, in the order of the manifest; of a question: its words
     name: str  # as the manifest has it
+    answers: tuple[str, ...] = ()  # of a question: what counts as right, the first is trained on
+    options: tuple[str, ...] = ()  # of a multiple choice: the texts of which one tells of the file
+    type: str = ""  # of a question, "" if it has none
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ import socket
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -111,12 +111,14 @@ class Scene:
             travelled = self.speed * (FRAMES - 1)
             dy, dx = STEP[self.change]
             end = ((self.centre[0] + dy * travelled) % CANVAS, (self.centre[1] + dx * travelled) % CANVAS)
-            return _replace(self, change=REVERSE[self.change], centre=end)
-        return _replace(self, change=REVERSE[self.change], diameters=self.diameters[::-1])
+            return replace(self, change=REVERSE[self.change], centre=end)
+        return replace(self, change=REVERSE[self.change], diameters=self.diameters[::-1])
 
 
-def _replace(scene: Scene, **changes: object) -> Scene:
-    return Scene(**{**{k: getattr(scene, k) for k in Scene.__dataclass_fields__}, **changes})
+def read_scene(row: dict[str, Any]) -> Scene:
+    """The inverse of `asdict`, of a scene as `{split}.jsonl` holds it."""
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    return Scene(**fields)
 
 
 def draw_scene(rng: np.random.Generator, new: bool) -> Scene:

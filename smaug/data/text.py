@@ -74,6 +74,11 @@ def encode(tokenizer: Tokenizer, captions: Sequence[str], max_words: int) -> lis
     return [e.ids[: max_words - 1] or [unknown] for e in found]
 
 
+def lengths(tokenizer: Tokenizer, captions: Sequence[str]) -> list[int]:
+    """Word pieces of each caption, with [CLS]: `encode` cuts those that have more than max_words."""
+    return [1 + len(e.ids) for e in tokenizer.encode_batch(list(captions), add_special_tokens=False)]
+
+
 def pack(
     captions: Sequence[Sequence[int]],
     cls: int,
@@ -110,3 +115,13 @@ def pack(
         max_seqlen=max(lengths),
         lengths=tuple(lengths),
     )
+
+
+def beginnings(answers: Sequence[Sequence[int]], sep: int) -> tuple[list[list[int]], list[int], list[int]]:
+    """What a decoder of answers learns from: every beginning of every answer, the empty one first, for `pack`.
+
+    -> the beginnings, the word after each (`sep` after the last), and the number of the answer that each belongs to.
+    """
+    begun = [list(words[:n]) for words in answers for n in range(len(words) + 1)]
+    after = [word for words in answers for word in (*words, sep)]
+    return begun, after, [i for i, words in enumerate(answers) for _ in range(len(words) + 1)]

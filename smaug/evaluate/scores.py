@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from smaug.data.clips import Clips
+from smaug.data.annotations import CAPTIONS
+from smaug.data.clips import Clips, DataConfig
+from smaug.data.source import source_name
 from smaug.device import Way
+from smaug.evaluate.encode import BATCH, Report, look
+from smaug.evaluate.ensemble import Ensemble
+from smaug.evaluate.match import has_match_head
+from smaug.evaluate.questions import Answers, answer_questions, priors
 from smaug.evaluate.retrieval import Retrieval, retrieval
 from smaug.model.model import Model
+from smaug.objectives.answer import Answer
 from smaug.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class How:
+    """What may be chosen of an evaluation; None: as the recipe has it."""
+
+    frames: int | None = None  # of each clip
+    top: int | None = None  # candidates that the match head ranks again
+    ensemble: Ensemble = "concat"
+    shuffle: bool = False  # each clip's frames in a random order, for all scores
+    controls: bool = True  # also with the frames shuffled, and with nothing pruned or left out
+    dual_softmax: bool = False
+    batch: int = BATCH  # clips encoded at once
+    answers: tuple[str, ...] = ()  # the closed list of open questions, for a model that was not trained on one
 
 
 def evaluate(
@@ -22,45 +47,194 @@ def evaluate(
     tokenizer: Tokenizer,
     way: Way,
     *,
-    frames: int | None = None,
-    shuffle: bool = False,
+    how: How | None = None,
+    split: str = "test",
+    report: Report | None = None,
 ) -> dict[str, Any]:
-    """All retrieval scores, and t2v_r1 and v2t_r1 with each clip's frames in a random order.
-
-    With `shuffle` they are in a random order for all scores.
-    """
-    frames = frames or recipe.eval_frames or recipe.model.video.frames
+    """The scores of the recipe's task on clips, and what they are scores of."""
     model.eval()
-
-    def score(**how: bool) -> Retrieval:
-        return retrieval(
-            model, clips, tokenizer, frames=frames, max_bad=recipe.data.max_bad, top=recipe.eval_top, **how
-        )
-
+    how = how or How()
     with way.autocast():
-        mixed = score(shuffle=True)
-        plain = mixed if shuffle else score()
-        result: dict[str, Any] = {**plain.scores}
-        result |= {f"{key}_shuffled": mixed.scores[key] for key in ("t2v_r1", "v2t_r1")}
-        if recipe.model.video.prune.blocks or recipe.model.selector.keep:
-            result["t2v_r1_dense"] = score(sparse=False, shuffle=shuffle).scores["t2v_r1"]
+        score = score_retrieval if recipe.task == "retrieval" else score_questions
+        scores = score(model, recipe, clips, tokenizer, how, report)
     model.train()
     return {
-        **result,
-        "evaluated_on": clips.name + (", frames shuffled" if shuffle else ""),
-        "frames": frames,
-        "evaluation_skipped": [f"{s.name}: {s.reason}" for s in plain.skipped],
+        **scores,
+        "evaluated_on": clips.name + (", frames shuffled" if how.shuffle else ""),
+        "split": split_of(recipe.data, split),
+        "frames": frames_of(recipe, how),
+        "batch": recipe.data.batch,
     }
 
 
+def score_retrieval(
+    model: Model, recipe: Recipe, clips: Clips, tokenizer: Tokenizer, how: How, report: Report | None
+) -> dict[str, Any]:
+    """All retrieval scores and their protocol; with `how.controls` t2v_r1 and v2t_r1 with the frames in a random order,
+    and t2v_r1 with nothing pruned or left out."""
+    top = how.top or recipe.eval_top
+
+    def score(shuffle: bool, sparse: bool = True) -> Retrieval:
+        return retrieval(
+            *(model, clips, tokenizer),
+            frames=frames_of(recipe, how),
+            max_bad=recipe.data.max_bad,
+            top=top,
+            ensemble=how.ensemble,
+            shuffle=shuffle,
+            sparse=sparse,
+            dual_softmax=how.dual_softmax,
+            batch=how.batch,
+            report=report,
+        )
+
+    plain = score(how.shuffle)
+    result: dict[str, Any] = {**plain.scores}
+    if how.controls:
+        mixed = plain if how.shuffle else score(True)
+        result |= {f"{key}_shuffled": mixed.scores[key] for key in ("t2v_r1", "v2t_r1")}
+        if recipe.model.video.prune.blocks or recipe.model.selector.keep:
+            result["t2v_r1_dense"] = score(how.shuffle, sparse=False).scores["t2v_r1"]
+    left_out = [*clips.skipped, *plain.skipped]
+    return {
+        **result,
+        "captions": plain.captions,
+        "captions_cut": plain.cut,
+        "protocol": protocol(model, recipe, how, plain, top, len(left_out)),
+        "evaluation_skipped": [f"{s.name}: {s.reason}" for s in left_out],
+    }
+
+
+def score_questions(
+    model: Model, recipe: Recipe, clips: Clips, tokenizer: Tokenizer, how: How, report: Report | None
+) -> dict[str, Any]:
+    """acc and acc_{type}, the closed list's ceiling, and the prior; with `how.controls` the same with the frames in a
+    random order and of the text alone."""
+    answers = next((o.answers for o in recipe.objectives.values() if isinstance(o, Answer)), how.answers)
+    frames = frames_of(recipe, how)
+
+    def score(shuffle: bool, blind: bool = False) -> Answers:
+        seen = look(model.video.config, frames, how.ensemble, shuffle=shuffle, sparse=True)
+        return answer_questions(
+            *(model, clips, tokenizer, answers, seen),
+            ensemble=how.ensemble,
+            max_bad=recipe.data.max_bad,
+            blind=blind,
+            batch=how.batch,
+            report=report,
+        )
+
+    plain = score(how.shuffle)
+    result: dict[str, Any] = plain.scores()
+    controls = {"prior": priors(plain.samples)}
+    if how.controls:
+        controls["shuffled"] = (plain if how.shuffle else score(True)).scores()
+        controls["text_only"] = score(how.shuffle, blind=True).scores()
+    for name, scores in controls.items():
+        result |= {f"{key}_{name}": value for key, value in scores.items() if key != "questions"}
+    what = "the match logit" + " and the dual logit of each option" * ("vtc" in model.heads)
+    if recipe.task == "qa":
+        known = set(answers)
+        result["ceiling"] = sum(not known.isdisjoint(s.answers) for s in plain.samples) / len(plain.samples)
+        what = f"the best of {len(answers)} answers, exact match; one that is not among them is an error"
+    left_out = [*clips.skipped, *plain.skipped]
+    missing = f" ({len(left_out)} of the set are missing)" if left_out else ""
+    return {
+        **result,
+        "task": recipe.task,
+        "protocol": f"{len(plain.samples)} questions{missing}, {frames} frames, {how.ensemble}; {what}",
+        "evaluation_skipped": [f"{s.name}: {s.reason}" for s in left_out],
+    }
+
+
+def frames_of(recipe: Recipe, how: How) -> int:
+    return how.frames or recipe.eval_frames or recipe.model.video.frames
+
+
+def protocol(model: Model, recipe: Recipe, how: How, found: Retrieval, top: int, left_out: int) -> str:
+    """What was asked and how it was ranked, in words: a number without this cannot be compared with another."""
+    layout = CAPTIONS.get(recipe.data.format or "")
+    said = "paragraph (all sentences of a clip)" if layout is not None and layout.paragraph else "caption"
+    candidates = int(found.scores["candidates"])
+    missing = f" ({left_out} of the set are missing)" if left_out else ""
+    several = ", of which the best counts" if found.captions > candidates else ""
+    frames = frames_of(recipe, how)
+    words = [
+        f"{found.captions} texts, each a {said}, rank {candidates} clips{missing}; a clip ranks the texts{several}",
+        f"{frames} frame{'s' * (frames > 1)} of a clip, their mean for the dual encoder",
+    ]
+    if has_match_head(model):
+        fused = {"concat": "all frames fused together"}.get(how.ensemble, f"{how.ensemble} of the frames' match logits")
+        words += [f"the dual encoder's best {top} ranked again by dual + match logit, others behind; {fused}"]
+    else:
+        words += ["ranked by the dual encoder"]
+    if found.cut:
+        words += [f"{found.cut} texts cut to {recipe.model.text.max_words} word pieces"]
+    words += ["ties and NaN count against the model"]
+    if how.dual_softmax:
+        words += ["only *_dsl: dual encoder with dual softmax, which uses all test queries at once"]
+    return "; ".join(words)
+
+
+def split_of(data: DataConfig, split: str) -> str:
+    """The split's name; of one's own data, what the names of its files say."""
+    if not data.manifest:
+        return split
+    if not data.eval_manifest:
+        return "train"
+    names = [re.search(r"train|test|val", path.name.lower()) for path in data.eval_manifest]
+    return " + ".join(sorted({name.group() if name else "unnamed" for name in names}))
+
+
+def provenance(trained: DataConfig, evaluated: DataConfig) -> dict[str, Any]:
+    """`trained_on`, and `zero_shot`: whether the model has seen nothing of the data set it is evaluated on.
+
+    Two data sets are one if their formats are, or, where one of them has none, if a folder of their files is.
+    """
+
+    def folders(data: DataConfig, paths: Sequence[Path]) -> set[Path | str]:
+        return {(data.root or path.parent).resolve() for path in paths} or {"shapes"}
+
+    if trained.format and evaluated.format:
+        same = trained.format == evaluated.format
+    else:
+        seen = folders(trained, trained.manifest)
+        same = not seen.isdisjoint(folders(evaluated, evaluated.eval_manifest or evaluated.manifest))
+    return {"trained_on": source_name(trained.manifest) if trained.manifest else "shapes train", "zero_shot": not same}
+
+
 def print_result(console: Console, result: dict[str, Any]) -> None:
-    candidates = f"{result['candidates']:.0f} candidates"
-    table = Table(title=f"retrieval on {result['evaluated_on']}, {candidates}, {result['frames']} frames")
-    for column in ("", "R@1", "R@5", "R@10", "MedR"):
+    console.print(_questions_table(result) if "questions" in result else _retrieval_table(result))
+    _print_cost(console, result)
+
+
+def _questions_table(result: dict[str, Any]) -> Table:
+    kind = "multiple choice" if result["task"] == "mc" else "open questions"
+    count, frames = result["questions"], result["frames"]
+    table = Table(title=f"{kind} on {result['evaluated_on']}, {count:.0f} questions, {frames} frames")
+    for column in ("", "accuracy", "frames shuffled", "text alone", "prior"):
         table.add_column(column, justify="right")
-    for name, key in (("text to video", "t2v"), ("video to text", "v2t")):
-        recalls = [f"{result[f'{key}_r{k}']:.1%}" for k in (1, 5, 10)]
-        table.add_row(name, *recalls, f"{result[f'{key}_medr']:g}")
+    ends = ("_shuffled", "_text_only", "_prior")
+    for key in [key for key in result if key.startswith("acc") and not key.endswith(ends)]:
+        name = "all" if key == "acc" else key.removeprefix("acc_")
+        table.add_row(name, *(f"{result[key + end]:.1%}" if key + end in result else "" for end in ("", *ends)))
+    if "ceiling" in result:
+        table.add_row("answers in the list", f"{result['ceiling']:.1%}", "", "", "")
+    return table
+
+
+def _retrieval_table(result: dict[str, Any]) -> Table:
+    candidates = f"{result['candidates']:.0f} candidates"
+    zero_shot = ", zero-shot" if result.get("zero_shot") else ""
+    table = Table(title=f"retrieval on {result['evaluated_on']}, {candidates}, {result['frames']} frames{zero_shot}")
+    for column in ("", "R@1", "R@5", "R@10", "MedR", "MeanR"):
+        table.add_column(column, justify="right")
+    for suffix, what in (("", ""), ("_dsl", ", dual softmax")):
+        for name, key in (("text to video", "t2v"), ("video to text", "v2t")):
+            if f"{key}_r1{suffix}" in result:
+                recalls = [f"{result[f'{key}_r{k}{suffix}']:.1%}" for k in (1, 5, 10)]
+                ranks = [f"{result[f'{key}_{rank}{suffix}']:.4g}" for rank in ("medr", "meanr")]
+                table.add_row(name + what, *recalls, *ranks)
     notes = {
         "t2v_r1_dual": "text to video, without the match head",
         "t2v_r1_dense": "text to video, nothing pruned or left out",
@@ -69,8 +243,16 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     }
     for key, name in notes.items():
         if key in result:
-            table.add_row(name, f"{result[key]:.1%}", "", "", "")
-    console.print(table)
+            table.add_row(name, f"{result[key]:.1%}", "", "", "", "")
+    if result["captions_cut"]:
+        table.caption = (
+            f"{result['captions_cut']} of {result['captions']} texts are longer than the model reads and were cut; "
+            "it can be fine-tuned on longer ones (--model.text.max-words)"
+        )
+    return table
+
+
+def _print_cost(console: Console, result: dict[str, Any]) -> None:
     if "device_seconds" in result:
         share = result["tokens_computed"] / max(1, result["tokens_dense"])
         waited = result["data_seconds"] / max(1e-9, result["device_seconds"] + result["data_seconds"])

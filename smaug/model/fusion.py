@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from smaug import ops
 from smaug.model.layers import ACTIVATIONS, Activation, Norm, SelfAttention, init_linear, normed
-from smaug.tokens import Lengths, PackedTokens, cat_tokens, split_tokens, take_rows
+from smaug.tokens import Lengths, PackedTokens, cat_tokens, regroup, split_tokens, take_rows
+
+KeyValue = tuple[Tensor, Tensor]  # of all frames in one block, each (T_k, H, E)
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,22 @@ class FusionBlock(nn.Module):
             return words.with_values(normed(self.norm1, x + self.attention(words)[0]))
         return words.with_values(x + self.attention(words.with_values(self.norm1(x)))[0])
 
-    def see(self, words: PackedTokens, frames: PackedTokens, kv_ids: Tensor, gate: Tensor | None) -> PackedTokens:
+    def project(self, frames: PackedTokens) -> KeyValue:
+        k, v = self.key_value(frames.values).view(len(frames.values), 2, self.heads, -1).unbind(1)
+        return k, v
+
+    def see(
+        self,
+        words: PackedTokens,
+        frames: PackedTokens,
+        kv_ids: Tensor,
+        gate: Tensor | None,
+        key_value: KeyValue | None = None,
+    ) -> PackedTokens:
         x = words.values
         single = gate is not None and gate.shape[1] == 1
         q = self.query(self.norm_cross(x)).unflatten(1, (self.heads, -1))
-        k, v = self.key_value(frames.values).view(len(frames.values), 2, self.heads, -1).unbind(1)
+        k, v = self.project(frames) if key_value is None else key_value
         o = ops.attention(
             q,
             k,
@@ -95,6 +108,14 @@ class Fusion(nn.Module):
         self.norm = nn.Identity() if config.norm == "post" else nn.LayerNorm(width, config.eps)
         init_linear(self)
 
+    def project(self, frames: PackedTokens) -> list[KeyValue]:
+        """Keys and values of the frames (T_k, D_v) in each block: made once, they serve any number of calls."""
+        return [block.project(frames) for block in cast(list[FusionBlock], list(self.blocks))]
+
+    def read(self, texts: PackedTokens) -> PackedTokens:
+        """The texts after the first block's self-attention: what `fuse` takes, the same for whatever they meet."""
+        return cast(FusionBlock, self.blocks[0]).attend(texts)
+
     def forward(
         self,
         texts: Sequence[PackedTokens],
@@ -104,6 +125,7 @@ class Fusion(nn.Module):
         *,
         rows: Tensor | None = None,
         lengths: Lengths = None,
+        keys_values: Sequence[KeyValue] | None = None,
     ) -> PackedTokens:
         """P packed texts, each paired with the frames that its row of kv_ids names -> their words, fused, (T, D).
 
@@ -114,16 +136,38 @@ class Fusion(nn.Module):
         gate        (P, M) fp32 added to the logits of a frame's keys, or None; see `FrameSelector`.
         rows        (n,) int64 ascending, the words that are asked for, lengths[p] of text p; None: all of them. In the
                     last block these alone look at the frames: nobody reads what it would say of the others.
+        keys_values `project(frames)`, if it has been made already.
+        """
+        distinct = list({id(text): text for text in texts}.values())
+        read = split_tokens(self.read(cat_tokens(distinct)), distinct)
+        by_text = {id(text): part for text, part in zip(distinct, read, strict=True)}
+        words = cat_tokens([by_text[id(text)] for text in texts])
+        return self.fuse(words, frames, kv_ids, gate, rows=rows, lengths=lengths, keys_values=keys_values)
+
+    def fuse(
+        self,
+        words: PackedTokens,
+        frames: PackedTokens,
+        kv_ids: Tensor,
+        gate: Tensor | None = None,
+        *,
+        rows: Tensor | None = None,
+        lengths: Lengths = None,
+        keys_values: Sequence[KeyValue] | None = None,
+        together: Sequence[int] | None = None,
+    ) -> PackedTokens:
+        """What `forward` does with texts that `read` has returned, as one PackedTokens.
+
+        together    host numbers that sum up to P: so many neighbouring texts see the same frames, kv_ids and gate have
+                    one row for them, and their words are the queries of one attention over keys read once.
         """
         blocks = cast(list[FusionBlock], list(self.blocks))
-        distinct = list({id(text): text for text in texts}.values())
-        attended = split_tokens(blocks[0].attend(cat_tokens(distinct)), distinct)
-        by_text = {id(text): part for text, part in zip(distinct, attended, strict=True)}
-        words = cat_tokens([by_text[id(text)] for text in texts])
         for number, block in enumerate(blocks):
             words = block.attend(words) if number else words
             if rows is not None and number == len(blocks) - 1:
                 assert lengths is not None
                 words = take_rows(words, rows, lengths)
-            words = block.see(words, frames, kv_ids, gate)
+            queries = words if together is None else regroup(words, together)
+            key_value = None if keys_values is None else keys_values[number]
+            words = words.with_values(block.see(queries, frames, kv_ids, gate, key_value).values)
         return words.with_values(self.norm(words.values))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from smaug.model.video_encoder import EncodedVideo
+from smaug.tokens import PackedTokens
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,25 @@ class Pairs:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """Each clip's own options, fused with it."""
+
+    features: Tensor  # (B * options, D), the fused [CLS] rows
+    labels: Tensor  # (B,) int64, which of a clip's options is right
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions, fused with their videos."""
+
+    words: PackedTokens  # B sequences of fused words, normalised; [CLS] alone where nobody asks for more
+    labels: Tensor  # (B,) int64, numbers in the list of answers; -100 for what is not in it
+    begun: PackedTokens | None  # word numbers of the answers' beginnings, for a decoder
+    begun_labels: Tensor  # (n,) int64, the word after each
+    begun_of: Tensor  # (n,) int64, the question that each belongs to
+
+
+@dataclass(frozen=True)
 class Masked:
     """Captions with masked words, fused with their own videos."""
 
@@ -45,9 +65,11 @@ class Seen:
     text: Tensor  # (B, D) caption features that the contrast sees
     positives: Tensor  # (B, B) bool, text i belongs to video j: same video or same caption
     removed: Sequence[Removed]  # one a group
-    pairs: Pairs | None
-    masked: Masked | None
     seed: int
     epoch: int
     # (B, B) logits by contrast head, where they have been computed already, for the negatives
     scores: Mapping[nn.Module, Tensor] = field(default_factory=dict)
+    pairs: Pairs | None = None
+    choices: Choices | None = None
+    asked: Asked | None = None
+    masked: Masked | None = None

@@ -16,9 +16,9 @@ from smaug.data.loader import middle_frames
 from smaug.data.manifest import Sample
 from smaug.data.text import train_tokenizer
 from smaug.device import choose
-from smaug.evaluate import retrieval as evaluation
+from smaug.evaluate import match as matching
 from smaug.evaluate.retrieval import retrieval
-from smaug.evaluate.scores import evaluate
+from smaug.evaluate.scores import How, evaluate
 from smaug.model.frame_selector import FrameSelectorConfig
 from smaug.model.fusion import FusionConfig
 from smaug.model.model import ModelConfig
@@ -163,8 +163,8 @@ def test_scores_say_what_shuffling_costs():
     frames_of = ((np.arange(n)[:, None] + np.arange(4)) % n).astype(np.uint8)
     model, clips, tokenizer = planted(torch.eye(n) + 0.01, [(i,) for i in range(n)], frames_of=frames_of)
     recipe, way = Recipe("planted"), choose(fast=False, device="cpu")
-    plain = evaluate(model, recipe, clips, tokenizer, way, frames=4)
-    mixed = evaluate(model, recipe, clips, tokenizer, way, frames=4, shuffle=True)
+    plain = evaluate(model, recipe, clips, tokenizer, way, how=How(frames=4))
+    mixed = evaluate(model, recipe, clips, tokenizer, way, how=How(frames=4, shuffle=True))
     assert plain["t2v_r1"] == plain["v2t_r1"] == 1.0
     assert plain["t2v_r1_shuffled"] == mixed["t2v_r1"] == mixed["t2v_r1_shuffled"] < 0.7
     assert plain["frames"] == 4 and plain["evaluated_on"] == "planted"
@@ -244,17 +244,18 @@ def expected(t2v, v2t, own):
         back.append(1 + sum(bool(x >= best) for x in v2t[own != v, v]))
     found = {}
     for key, r in (("t2v", ranks), ("v2t", back)):
-        found |= {f"{key}_r{k}": np.mean(np.array(r) <= k) for k in (1, 5, 10)} | {f"{key}_medr": np.median(r)}
+        found |= {f"{key}_r{k}": np.mean(np.array(r) <= k) for k in (1, 5, 10)} | {
+            f"{key}_medr": np.median(r), f"{key}_meanr": np.mean(r),
+        }  # fmt: skip
     return found
 
 
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("top", [100, 12, 4, 1])
 def test_the_match_head_ranks_the_best_again(top, sparse, monkeypatch):
-    monkeypatch.setattr(evaluation, "BATCH", 5)  # so that clips, captions and pairs come in several parts
-    monkeypatch.setattr(evaluation, "PAIRS", 17)
+    monkeypatch.setattr(matching, "ROWS", 17)  # so that clips, captions and pairs come in several parts
     model, clips, tokenizer = two_stages()
-    found = retrieval(model, clips, tokenizer, frames=4, max_bad=0.05, top=top, sparse=sparse).scores
+    found = retrieval(model, clips, tokenizer, frames=4, max_bad=0.05, top=top, sparse=sparse, batch=5).scores
     dual, match, own = one_by_one(model, clips, tokenizer, sparse)
     ranked = {}
     for key, dim in (("t2v", 1), ("v2t", 0)):
@@ -272,19 +273,21 @@ def test_the_match_head_ranks_the_best_again(top, sparse, monkeypatch):
         assert found["t2v_r1"] == found["t2v_r1_dual"] and found["t2v_medr"] == 12
 
 
-def test_dense_scoring_prunes_nothing_and_fuses_every_frame():
+def test_dense_scoring_prunes_nothing_and_fuses_every_frame(monkeypatch):
     model, clips, tokenizer = two_stages()
     lengths, kept = [], []
 
-    def watch(_, given):
-        lengths.append(given[1].lengths)
-        kept.append(given[2].shape[1])
+    fuse = model.fusion.fuse
 
-    model.fusion.register_forward_pre_hook(watch)
+    def watch(words, frames, kv_ids, **others):
+        lengths.append(frames.lengths)
+        kept.append(kv_ids.shape[1])
+        return fuse(words, frames, kv_ids, **others)
+
+    monkeypatch.setattr(model.fusion, "fuse", watch)
     for sparse in (True, False):
         retrieval(model, clips, tokenizer, frames=4, max_bad=0.05, sparse=sparse)
-    assert lengths == [4, 4, 5, 5]
-    assert kept == [2, 2, 4, 4]
+    assert (lengths, kept) == ([4, 5], [2, 4])  # one call: a pair that is asked for both ways is scored once
     assert model.video(
         [(torch.zeros(1, 4, 8, 8, 3, dtype=torch.uint8), torch.arange(16, dtype=torch.int32)[None])]
     ).frames.lengths == 4  # fmt: skip

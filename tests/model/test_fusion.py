@@ -102,6 +102,34 @@ def test_each_frame_is_projected_once_however_many_pairs_use_it():
     assert rows == [sum(FRAMES)] * 3
 
 
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_keys_and_values_made_once_serve_several_calls(impl):
+    made, (words, frames, _) = fusion(impl), inputs()
+    (texts, images), rows = tokens(words, frames), []
+    want = made(texts, images, KV_IDS, None).values
+    keys_values = made.project(images)
+    for block in made.blocks:
+        block.key_value.register_forward_hook(lambda _, given, out: rows.append(len(out)))
+    for _ in range(2):
+        assert torch.equal(made(texts, images, KV_IDS, None, keys_values=keys_values).values, want)
+    assert rows == []
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_texts_that_see_the_same_frames_ask_together(impl):
+    """Pairs ordered by video, one row of kv_ids for the neighbours: what each would read alone."""
+    made, (words, frames, _) = fusion(impl), inputs()
+    (texts,), images = tokens(words, frames)
+    together, videos = (2, 2, 1), KV_IDS[[0, 2, 4]]
+    read = made.read(texts)
+    got = made.fuse(read, images, videos, keys_values=made.project(images), together=together).values
+    alone = made([texts], images, videos.repeat_interleave(torch.tensor(together), 0), None).values
+    torch.testing.assert_close(got, alone, atol=2e-6, rtol=1e-5)
+    assert not torch.allclose(got, made([texts], images, KV_IDS, None).values, atol=1e-3)
+    first = made.fuse(read, images, videos, rows=texts.first_rows(), lengths=1, together=together).values
+    torch.testing.assert_close(first, alone[texts.first_rows()], atol=2e-6, rtol=1e-5)
+
+
 def test_a_text_that_meets_several_videos_reads_itself_once():
     """In the first block; the same as if it had been copied, forward and backward."""
     made, (words, frames, _) = fusion(), inputs()

@@ -21,7 +21,7 @@ def heads():
 
 
 def seen(words):
-    return Seen(None, None, None, [], None, Masked(words.index_select(0, ROWS), LABELS), 0, 0)
+    return Seen(None, None, None, [], 0, 0, masked=Masked(words.index_select(0, ROWS), LABELS))
 
 
 def test_is_the_formula_with_its_gradients():

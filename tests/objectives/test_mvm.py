@@ -41,7 +41,7 @@ def see(encoder, groups, ratio=0.5, epoch=0):
         keep, gone = VideoMask(ratio, "even").draw(samples, VIDEO.grid(video.shape[1]), seed=0, epoch=0, impl="auto")
         visible.append((video, keep))
         removed.append(Removed(video, samples, gone, VIDEO.sequences(video.shape[1])))
-    return Seen(encoder(visible), None, None, removed, None, None, 0, epoch)
+    return Seen(encoder(visible), None, None, removed, 0, epoch)
 
 
 def targets(video, ids):

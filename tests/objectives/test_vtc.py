@@ -37,7 +37,7 @@ def heads_of(vtc=Vtc(embed_dim=10)):  # noqa: B008
 
 def shows(video, text, positives):
     """What the contrast looks at; it asks for nothing else."""
-    return Seen(SimpleNamespace(features=video), text, positives, [], None, None, 0, 0)
+    return Seen(SimpleNamespace(features=video), text, positives, [], 0, 0)
 
 
 def seen(positives, seed=1):

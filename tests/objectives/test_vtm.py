@@ -14,7 +14,7 @@ from smaug.testing import relative_error
 
 
 def seen(features, labels, valid):
-    return Seen(None, None, None, [], Pairs(features, labels, valid), None, 0, 0)
+    return Seen(None, None, None, [], 0, 0, pairs=Pairs(features, labels, valid))
 
 
 def test_is_the_formula_over_valid_pairs():

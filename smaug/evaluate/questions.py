@@ -1,0 +1,259 @@
+"""Questions: accuracy on multiple choice and on open-ended ones, each clip encoded once for all that is asked of it.
+
+Right is what equals one of the answers, letter for letter. An answer that the closed list lacks can never be given; it
+counts as an error, and the share of questions that the list has an answer to is printed beside the score.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from smaug.data import text
+from smaug.data.clips import Clips, check_share
+from smaug.data.manifest import Sample, Skip
+from smaug.evaluate.encode import BATCH, Block, Look, Report, encode_clips
+from smaug.evaluate.ensemble import Ensemble, ensemble
+from smaug.model.model import Model
+from smaug.objectives.answer import Classifier, Speller
+from smaug.objectives.mlm import MlmHead
+from smaug.objectives.vtc import VtcHeads
+from smaug.tokens import PackedTokens
+
+TEXTS = 1000  # fused at once
+RANKED = 128  # answers that a decoder spells out to the end: Singularity, Lei et al. 2023, its code
+
+
+@dataclass(frozen=True)
+class Answers:
+    """`given[i]` is the answer to `samples[i]`; `skipped`: clips left out."""
+
+    samples: list[Sample]
+    given: list[str]
+    skipped: list[Skip]
+
+    def scores(self) -> dict[str, float]:
+        """acc, and acc_{type} of each type and of each group of types, as fractions; and how many `questions`."""
+        right = [float(given in s.answers) for given, s in zip(self.given, self.samples, strict=True)]
+        return {**by_type(right, self.samples), "questions": float(len(right))}
+
+
+def by_type(hits: Sequence[float], samples: Sequence[Sample]) -> dict[str, float]:
+    """Means of all hits, acc, and of each type of question, acc_{type}; `order/up or down` belongs to `order`, too."""
+    groups: dict[str, list[float]] = {"acc": list(hits)}
+    for hit, sample in zip(hits, samples, strict=True):
+        group = sample.type.partition("/")[0]
+        for name in dict.fromkeys(name for name in (group, sample.type) if name):
+            groups.setdefault(f"acc_{name}", []).append(hit)
+    return {name: sum(several) / len(several) for name, several in groups.items() if several}
+
+
+def priors(samples: Sequence[Sample]) -> dict[str, float]:
+    """What one reaches who knows how often an answer comes in a type of question, and nothing of the video: acc and
+    acc_{type}. Of options, one of them at random."""
+    counts: dict[str, Counter[str]] = {}
+    for sample in samples:
+        counts.setdefault(sample.type, Counter())[sample.answers[0]] += 1
+    likely = {type: max(several.values()) / several.total() for type, several in counts.items()}
+    return by_type([1 / len(s.options) if s.options else likely[s.type] for s in samples], samples)
+
+
+@torch.no_grad()
+def answer_questions(
+    model: Model,
+    clips: Clips,
+    tokenizer: Tokenizer,
+    answers: Sequence[str],
+    look: Look,
+    *,
+    ensemble: Ensemble = "concat",
+    max_bad: float,
+    blind: bool = False,
+    batch: int = BATCH,
+    report: Report | None = None,
+) -> Answers:
+    """Multiple choice where the clips' samples have options, else the best of the closed list `answers`.
+
+    `look` says how a clip is seen; if `blind`, it is not, and the text answers alone.
+    """
+    asked: dict[object, list[int]] = {}  # by the file that is asked about
+    for number, sample in enumerate(clips.samples):
+        asked.setdefault(sample.path, []).append(number)
+    first = [numbers[0] for numbers in asked.values()]
+    samples: list[Sample] = []
+    given: list[str] = []
+    skipped: list[Skip] = []
+    for block in encode_clips(model, clips, first, look, skipped, batch):
+        check_share(skipped, len(first), max_bad, clips.decoder.name)
+        each = [asked[clips.samples[number].path] for number in block.numbers]
+        pairs = [(place, clips.samples[n]) for place, numbers in enumerate(each) for n in numbers]
+        step = max(1, TEXTS // max(1, len(pairs[0][1].options)))
+        for start in range(0, len(pairs), step):
+            some = pairs[start : start + step]
+            own = torch.tensor([place for place, _ in some], device=block.features.device)
+            these = [sample for _, sample in some]
+            asker = _Asker(model, tokenizer, block, own, ensemble, blind, look.sparse)
+            given += _choose(asker, these) if these[0].options else _answer(asker, these, answers)
+            samples += these
+        if report is not None:
+            report("questions answered", len(samples), len(clips))
+    check_share(skipped, len(first), max_bad, clips.decoder.name)
+    return Answers(samples, given, skipped)
+
+
+@dataclass(frozen=True)
+class _Asker:
+    """What all ways to answer need: the model, some encoded clips, and how the texts see them."""
+
+    model: Model
+    tokenizer: Tokenizer
+    block: Block
+    own: Tensor  # (questions,) int64, the place of each one's clip in the block
+    how: Ensemble
+    blind: bool  # the texts see no clip
+    sparse: bool
+
+    def encode(self, texts: Sequence[str], room: int = 0) -> list[list[int]]:
+        config = self.model.text.config
+        return text.encode(self.tokenizer, texts, config.max_words - config.sep - room)
+
+    def score(
+        self,
+        words: Sequence[Sequence[int]],
+        asked: Literal["cls", "all", "last"],
+        head: Callable[[PackedTokens], Tensor],
+        last: int = 0,
+    ) -> Tensor:
+        """Scores (texts, classes) that `head` gives to texts fused with their clips. words: numbers, without [CLS], of
+        one text a question, or of as many in a row for each; `asked`: which fused words the head is shown."""
+        model, device = self.model, self.own.device
+        assert model.fusion is not None
+        features, encoded = model.text(self.pack(words))
+        kv_ids, gate = self.block.frame_ids.index_select(0, self.own), None
+        kv_ids = kv_ids.repeat_interleave(len(words) // len(self.own), dim=0)
+        if self.blind:
+            kv_ids = torch.full_like(kv_ids, -1)
+        elif model.selector is not None and self.sparse:
+            kv_ids, gate = model.selector(self.block.summaries, features, kv_ids)
+        rows, count = encoded.first_rows(), 1
+        if asked == "last":
+            ends = encoded.cu_seqlens[1:, None] - model.text.config.sep  # [SEP] is nobody's answer
+            rows, count = (ends + torch.arange(-last, 0, device=device)).flatten(), last
+        read, keys_values = model.fusion.read(encoded), model.fusion.project(self.block.frames)
+
+        def fused(ids: Tensor, gate: Tensor | None) -> Tensor:
+            assert model.fusion is not None
+            few = {} if asked == "all" else {"rows": rows, "lengths": count}
+            return head(model.fusion.fuse(read, self.block.frames, ids, gate, keys_values=keys_values, **few))
+
+        if self.how == "concat":
+            return fused(kv_ids, gate)
+        units = [fused(ids[:, None], None) for ids in kv_ids.unbind(1)]
+        return ensemble(torch.stack(units, 1), kv_ids >= (-1 if self.blind else 0), self.how)
+
+    def pack(self, words: Sequence[Sequence[int]]) -> PackedTokens:
+        return _pack(self.tokenizer, words, self.own.device, self.model.text.config.sep)
+
+
+def _choose(asker: _Asker, samples: Sequence[Sample]) -> list[str]:
+    """The option with the best match score. With a contrast head its logit is added, as in retrieval's second stage."""
+    count, model = len(samples[0].options), asker.model
+    if "vtm" not in model.heads:
+        raise ValueError("multiple choice needs a match head; this model was trained without vtm")
+
+    def match(fused: PackedTokens) -> Tensor:
+        no, yes = model.heads["vtm"](fused.values).float().unbind(1)
+        return (yes - no)[:, None]
+
+    words = asker.encode([option for sample in samples for option in sample.options])
+    scores = asker.score(words, "cls", match).view(-1, count)
+    heads = next((head for head in model.heads.values() if isinstance(head, VtcHeads)), None)
+    if heads is not None and not asker.blind:
+        features, _ = model.text(asker.pack(words))
+        dual = heads.scores(features, asker.block.features).view(len(samples), count, -1)
+        scores = scores + dual[torch.arange(len(samples), device=dual.device), :, asker.own]
+    right = torch.tensor([[o in s.answers for o in s.options] for s in samples], device=scores.device)
+    others = scores.masked_fill(right, float("-inf"))
+    won = scores.masked_fill(~right, float("-inf")).amax(1) > others.amax(1)  # a tie or a NaN is a loss
+    best = torch.where(won, right.int().argmax(1), others.argmax(1)).tolist()
+    return [sample.options[i] for sample, i in zip(samples, best, strict=True)]
+
+
+def _answer(asker: _Asker, samples: Sequence[Sample], answers: Sequence[str]) -> list[str]:
+    """The best of the closed list: by the classifier, by how likely the decoder is to spell it, or, of a model that was
+    never trained on questions, by how well it fills masked words after the question (FrozenBiLM, Yang et al. 2022)."""
+    if not answers:
+        raise ValueError("open questions need a closed list of answers: name a file of them by --answers")
+    questions = [sample.captions[0] for sample in samples]
+    heads = list(asker.model.heads.values())
+    head = next((h for kind in (Classifier, Speller, MlmHead) for h in heads if isinstance(h, kind)), None)
+    if isinstance(head, Classifier):
+        scores = asker.score(asker.encode(questions), "cls", lambda fused: head(fused.values))
+    elif isinstance(head, Speller):
+        spelled = asker.encode(answers)
+        scores = asker.score(
+            asker.encode(questions), "all", lambda fused: spell_answers(head, asker.tokenizer, fused, spelled)
+        )
+    elif isinstance(head, MlmHead):
+        scores = _fill_in(asker, head, questions, asker.encode(answers))
+    else:
+        raise ValueError("open questions need the objective answer or mlm; this model was trained without either")
+    return [answers[i] for i in scores.argmax(1).tolist()]
+
+
+def _fill_in(asker: _Asker, head: MlmHead, questions: Sequence[str], answers: Sequence[list[int]]) -> Tensor:
+    """(questions, answers) mean log-probability of an answer's word pieces as the masked words after a question: the
+    mean, so that a long answer is not unlikely for its length."""
+    scores = torch.empty(len(questions), len(answers), device=asker.own.device)
+    mask = text.number(asker.tokenizer, text.MASK)
+    for length in {len(words) for words in answers}:
+        those = [i for i, words in enumerate(answers) if len(words) == length]
+        pieces = torch.tensor([answers[i] for i in those], device=scores.device)
+
+        def likely(fused: PackedTokens, length: int = length, pieces: Tensor = pieces) -> Tensor:
+            words = head(fused.values).log_softmax(1).view(len(questions), length, -1)
+            return torch.stack([words[:, place, pieces[:, place]] for place in range(length)]).mean(0)
+
+        asked = [[*words, *[mask] * length] for words in asker.encode(questions, room=length)]
+        scores[:, those] = asker.score(asked, "last", likely, length)
+    return scores
+
+
+def spell_answers(head: Speller, tokenizer: Tokenizer, questions: PackedTokens, answers: Sequence[list[int]]) -> Tensor:
+    """(questions, answers) log-probability that the decoder spells an answer, -inf for all but RANKED of a question.
+
+    Those have the likeliest first words; of them all words count. Singularity, Lei et al. 2023, and its code.
+    questions: fused words, one sequence each; answers: word numbers.
+    """
+    device, count = questions.values.device, questions.num_sequences
+    sep, every = text.number(tokenizer, text.SEP), torch.arange(count, device=device)
+    first = head(_pack(tokenizer, [[]] * count, device), questions, every).log_softmax(1)
+    likely = first[:, torch.tensor([words[0] for words in answers], device=device)]
+    picked = likely.topk(min(RANKED, len(answers)), dim=1).indices
+    scores = torch.full((count, len(answers)), float("-inf"), device=device)
+    step = max(1, 4 * TEXTS // picked.shape[1])
+    for low in range(0, count, step):
+        these = picked[low : low + step]
+        begun, after, of = text.beginnings([answers[a] for a in these.flatten().tolist()], sep)
+        belongs = low + torch.tensor(of, device=device) // picked.shape[1]
+        logits = head(_pack(tokenizer, begun, device), questions, belongs).log_softmax(1)
+        words = logits.gather(1, torch.tensor(after, device=device)[:, None])[:, 0]
+        total = torch.zeros(these.numel(), device=device).index_add(0, torch.tensor(of, device=device), words)
+        scores[low : low + step] = scores[low : low + step].scatter(1, these, total.view(these.shape))
+    return scores
+
+
+def _pack(
+    tokenizer: Tokenizer, words: Sequence[Sequence[int]], device: torch.device, sep: bool = False
+) -> PackedTokens:
+    end = text.number(tokenizer, text.SEP) if sep else None
+    packed = text.pack(words, text.number(tokenizer, text.CLS), sep=end)
+    moved: PackedTokens = tree_map_only(Tensor, lambda x: x.to(device), packed)
+    return moved
