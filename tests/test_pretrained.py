@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from smaug import pretrained, train
 from smaug.data import text
+from smaug.evaluate.encode import Block as Clips
+from smaug.evaluate.questions import _Asker
 from smaug.integrations.transformers import register
 from smaug.masks import TextMask
 from smaug.model.decoder import Decoder, DecoderConfig
@@ -484,7 +486,7 @@ def test_no_network_and_no_cache_is_told_in_a_line(call, tmp_path, monkeypatch):
     [
         ("smaug", "vit", ["--fast"]),
         ("smaug", "beit", ["--fast"]),
-        ("smaug", "mae", []),
+        ("smaug", "mae", ["--objectives.mvm.decoder.cls"]),
         ("dense", "clip", ["--fast"]),
         ("singularity", "beit-shared", []),
     ],
@@ -503,3 +505,21 @@ def test_trained_from_a_start(call, saved, tmp_path, recipe, vision, more):
     (bert / "model.safetensors").unlink()
     code, out, err = call(train.main, "--resume", "--run-dir", run, "--max-steps", 3)
     assert code == 0 and "resuming at step 2" in out, err
+
+
+def test_masked_answers_are_read_in_front_of_sep(tmp_path):
+    """An answer's words stand between the question and [SEP]: the mlm head is shown the masked rows."""
+    write_bert(tmp_path)
+    model, _ = begun(words=tmp_path, fusion=1)
+    tokenizer = load_tokenizer(str(tmp_path))
+    seen, _ = encoded(model, pictures(frames=2))
+    block = Clips([0, 1], seen.features, seen.frames, seen.summaries, seen.frame_ids)
+    asker = _Asker(model, tokenizer, block, torch.arange(2), "concat", False, True)
+    mask, sep = (tokenizer.token_to_id(piece) for piece in ("[MASK]", "[SEP]"))
+    words = [[*some, mask, mask] for some in asker.encode(["the red ring", "a"], room=2)]
+    packed = asker.pack(words)
+    assert (packed.values[packed.cu_seqlens[1:] - 1] == sep).all()
+    with torch.no_grad():
+        every = asker.score(words, "all", lambda fused: fused.values)
+        last = asker.score(words, "last", lambda fused: fused.values, 2)
+    torch.testing.assert_close(last, every[packed.values == mask])

@@ -144,7 +144,7 @@ class _Asker:
             kv_ids, gate = model.selector(self.block.summaries, features, kv_ids)
         rows, count = encoded.first_rows(), 1
         if asked == "last":
-            ends = encoded.cu_seqlens[1:, None] - model.text.config.sep  # [SEP] is nobody's answer
+            ends = encoded.cu_seqlens[1:, None] - int(model.text.config.sep)  # [SEP] is nobody's answer
             rows, count = (ends + torch.arange(-last, 0, device=device)).flatten(), last
         read, keys_values = model.fusion.read(encoded), model.fusion.project(self.block.frames)
 
