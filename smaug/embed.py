@@ -6,12 +6,15 @@ import math
 from collections.abc import Sequence
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from smaug.data import text
 from smaug.objectives.vtc import VtcHeads
+from smaug.recipe import Recipe
 from smaug.run import Run
+from smaug.tokens import PackedTokens
 
 
 def contrast_heads(run: Run) -> VtcHeads:
@@ -34,11 +37,16 @@ def embed_videos(run: Run, video: Tensor) -> Tensor:
         return heads.embed_video(encoded.features)
 
 
+def pack_texts(recipe: Recipe, tokenizer: Tokenizer, texts: Sequence[str]) -> PackedTokens:
+    """The words of each text as a model of this recipe reads them; more than `max_words` pieces are cut."""
+    return text.pack_captions(tokenizer, texts, recipe.model.text.max_words, recipe.model.text.sep)
+
+
 @torch.no_grad()
 def embed_texts(run: Run, texts: Sequence[str]) -> Tensor:
     """-> (n, embed_dim) fp32 unit vectors on the model's device; a text of more than `max_words` pieces is cut."""
-    heads, config = contrast_heads(run), run.model.text.config
-    words = text.pack_captions(run.tokenizer, texts, config.max_words, config.sep)
+    heads = contrast_heads(run)
+    words = pack_texts(run.recipe, run.tokenizer, texts)
     run.model.eval()
     with run.way.autocast():
         features, _ = run.model.text(tree_map_only(Tensor, lambda x: x.to(run.way.device), words))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -54,24 +52,3 @@ def recalls(ranks: Tensor, prefix: str, suffix: str = "") -> dict[str, float]:
     found = {f"r{k}": (ranks <= k).double().mean().item() for k in (1, 5, 10)}
     found |= {"medr": exact.quantile(0.5).item(), "meanr": exact.mean().item()}
     return {f"{prefix}_{name}{suffix}": value for name, value in found.items()}
-
-
-def right_answers(scores: Tensor, labels: Tensor) -> Tensor:
-    """(n,) bool: whether the label's score is above all others.
-
-    scores (n, classes); labels (n,) int64, the right class, or -1 where none of the classes is right: an answer that
-    the model cannot give is a wrong one. An option that is not there has the score -inf.
-    """
-    own = scores.gather(1, labels.clamp(min=0)[:, None])
-    return ((~(scores < own)).sum(1) == 1) & own.isfinite().squeeze(1) & (labels >= 0)
-
-
-def accuracies(right: Tensor, types: Sequence[str] = ()) -> dict[str, float]:
-    """`accuracy` of (n,) bool, and `accuracy_{type}` of the questions of each type; those of no type, "", in none."""
-    if types and len(types) != len(right):
-        raise ValueError(f"{len(right)} answers have {len(types)} types; give one for each answer")
-    exact = right.double()
-    found = {"accuracy": exact.mean().item()}
-    for kind in sorted(set(types) - {""}):
-        found[f"accuracy_{kind}"] = exact[torch.tensor([t == kind for t in types])].mean().item()
-    return found

@@ -23,7 +23,7 @@ from smaug.data.clips import CPU, Clips, open_manifest, open_shapes
 from smaug.data.loader import Loader
 from smaug.device import Way, choose
 from smaug.model.model import Model
-from smaug.model.position import resample_time
+from smaug.model.position import more_places, resample_time
 from smaug.objectives.answer import Answer, Speller
 from smaug.objectives.mc import Mc
 from smaug.objectives.mlm import Mlm
@@ -48,7 +48,7 @@ def load_run(folder: Path, device: str = "auto") -> Run:
     config = read_config(folder)
     saved = recipe.from_json(config["recipe"])
     way = choose(config["fast"], device)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = read_tokenizer(folder)
     model = build(saved, tokenizer.get_vocab_size(), way.impl).to(way.device)
     state, damaged = checkpoint.load_newest(folder / "checkpoints", model)
     if state is None:
@@ -68,6 +68,16 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} lacks {', '.join(missing)}; it was not written by this version of smaug, or is damaged"
         )
     return config
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    try:
+        return Tokenizer.from_str(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no tokenizer: there is no {path}") from None
+    except Exception as error:  # tokenizers has no type of its own for a file that is damaged
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def build(recipe: Recipe, vocabulary: int, impl: str) -> Model:
@@ -96,7 +106,7 @@ def with_answers(recipe: Recipe, clips: Clips) -> Recipe:
 def start_from(model: Model, folder: Path) -> str:
     """Loads what fits of another run's newest checkpoint -> a sentence that names what did not, and what stays new.
 
-    The table of times is stretched to the model's moments; of a longer table of words' places the first are loaded. A
+    The table of times is stretched to the model's moments, that of words' places goes on as `more_places` says. A
     decoder of answers starts from the fusion encoder, as Singularity's does (Lei et al. 2023, appendix).
     """
     saved, step = checkpoint.load_weights(folder / "checkpoints")
@@ -108,10 +118,8 @@ def start_from(model: Model, folder: Path) -> str:
     own = model.state_dict()
     if len(saved["video.time"]) != len(own["video.time"]):
         saved["video.time"] = resample_time(saved["video.time"], len(own["video.time"]))
-    if len(saved["text.position"]) < len(own["text.position"]):
-        saved["text.position"] = torch.cat(
-            [saved["text.position"], own["text.position"][len(saved["text.position"]) :]]
-        )
+    if len(saved["text.position"]) != len(own["text.position"]):
+        saved["text.position"] = more_places(saved["text.position"], len(own["text.position"]))
     fit = {key: value for key, value in saved.items() if key in own and own[key].shape == value.shape}
     model.load_state_dict(fit, strict=False)
 

@@ -35,7 +35,7 @@ from smaug.data.manifest import ManifestError, Skip
 from smaug.data.shapes import DamagedError
 from smaug.data.text import train_tokenizer
 from smaug.evaluate.scores import evaluate, print_result, provenance
-from smaug.model.model import SIZES, Model
+from smaug.model.model import SIZES, Model, ModelConfig
 from smaug.objectives.mlm import Mlm
 from smaug.objectives.vtm import Vtm
 from smaug.optim import adamw, learning_rate
@@ -106,11 +106,7 @@ def parse(arguments: list[str]) -> tuple[Options, str]:
         default = recipes.load(name, size)
         saved = recipes.from_json(config["recipe"])
         _same_starts(init, saved, starts)
-        model, fusion = saved.model, default.model.fusion
-        if not model.fusion.depth:  # a dual encoder alone; the recipe brings what it needs
-            fusion = replace(model.fusion, depth=fusion.depth) if model.text.start else fusion
-            model = replace(model, fusion=fusion)
-        default = replace(default, model=model)
+        default = replace(default, model=begun_from(saved.model, default.model))
     else:
         default = recipes.load(name, size)
         default = replace(default, model=pretrained.fit(default.model, **starts))
@@ -137,6 +133,17 @@ def _same_starts(run: str, saved: Recipe, asked: dict[str, str]) -> None:
     for part, start in asked.items():
         if start not in ("", began[part]):
             raise ValueError(f"{run} began its {part} from {began[part] or 'random weights'}, not from {start}")
+
+
+def begun_from(saved: ModelConfig, own: ModelConfig) -> ModelConfig:
+    """What a recipe makes of a trained model: pruning and frames are the recipe's, as is what that model lacks."""
+    video = replace(
+        saved.video, prune=own.video.prune, frames=own.video.frames // own.video.tubelet * saved.video.tubelet
+    )
+    fusion = saved.fusion if saved.fusion.depth else own.fusion
+    if saved.text.start:  # BERT's layers, new as they are
+        fusion = replace(saved.fusion, depth=fusion.depth)
+    return replace(saved, video=video, fusion=fusion)
 
 
 def _take(arguments: list[str], flag: str) -> str | None:
@@ -255,6 +262,7 @@ def run(options: Options, size: str, command: str) -> int:
     result |= {
         **totals,
         **provenance(recipe.data, recipe.data),
+        "init": str(init) if init else None,
         "checkpoint": checkpoint.fingerprint(folder / "checkpoints", int(totals["step"])),
         "recipe": recipe.name,
         "size": size,

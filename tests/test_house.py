@@ -192,7 +192,8 @@ def build(folder: Path, kind: str, out: Path) -> Path:
 def test_sdist_and_wheel_hold_the_house(tmp_path):
     # The copy keeps build/ out of the checkout, and holds no egg-info whose old file list setuptools would trust.
     source = tmp_path / "source"
-    for path in [*house(ROOT).values(), ROOT / "smaug/py.typed"]:
+    data = ["smaug/py.typed", "smaug/visualise/page.html"]
+    for path in [*house(ROOT).values(), *(ROOT / name for name in data)]:
         (source / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         (source / path.relative_to(ROOT)).write_bytes(path.read_bytes())
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -204,7 +205,7 @@ def test_sdist_and_wheel_hold_the_house(tmp_path):
     with zipfile.ZipFile(build(unpacked, "wheel", tmp_path)) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
     # A folder without __init__.py is dropped silently by setuptools, so compare everything.
-    expected = {str(path.relative_to(ROOT)) for path in house(ROOT).values()} | {"smaug/py.typed"}
+    expected = {str(path.relative_to(ROOT)) for path in house(ROOT).values()} | set(data)
     expected = {f"smaug/{name}" if name.startswith("kernels/") else name for name in expected}
     assert "smaug/kernels/__init__.py" in files and not any(name.startswith("kernels") for name in files)
     assert files == expected, f"missing {sorted(expected - files)}, too many {sorted(files - expected)}"

@@ -1,12 +1,17 @@
-"""Ranks and recalls: against torchmetrics, against counting by hand, and ties against the model."""
+"""Ranks and recalls: against torchmetrics, scikit-learn and counting by hand, and ties against the model."""
 
 import math
 import statistics
 
+import numpy as np
 import pytest
+import sklearn.metrics
 import torch
-from torchmetrics.functional.retrieval import retrieval_hit_rate, retrieval_reciprocal_rank
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchmetrics.functional.retrieval import retrieval_hit_rate, retrieval_recall, retrieval_reciprocal_rank
 
+from smaug import metrics
 from smaug.metrics import recalls, retrieval_ranks
 
 INF, NAN = math.inf, math.nan
@@ -98,3 +103,50 @@ def test_recalls_and_the_median(ranks):
     assert found["x_meanr"] == pytest.approx(statistics.mean(ranks))
     assert list(found) == ["x_r1", "x_r5", "x_r10", "x_medr", "x_meanr"]
     assert recalls(torch.tensor(ranks), "x", "_dsl") == {f"{key}_dsl": value for key, value in found.items()}
+
+
+@st.composite
+def tied(draw):
+    """A matrix of whole scores, few of them different, above 0, since torchmetrics' recall takes others for not found;
+    and the right column of each row."""
+    n, m = draw(st.integers(1, 5)), draw(st.integers(3, 15))  # of two classes scikit-learn wants one score
+    numbers = draw(st.lists(st.integers(1, 6), min_size=n * m, max_size=n * m))
+    own = draw(st.lists(st.integers(0, m - 1), min_size=n, max_size=n))
+    return torch.tensor(numbers).view(n, m).float(), torch.tensor(own)
+
+
+def against(scores, own):
+    """The same scores with the right one a little lower: what others break as they like is then broken against it."""
+    return scores.scatter_add(1, own[:, None], torch.full_like(scores, -0.5))
+
+
+@settings(max_examples=8)  # torchmetrics takes a row at a time
+@given(tied())
+def test_ties_against_torchmetrics_and_scikit_learn(case):
+    scores, own = case
+    ranks = metrics.text_to_video_ranks(scores, own)
+    found, untied = recalls(ranks, "t2v"), against(scores, own)
+    target = own[:, None] == torch.arange(scores.shape[1])
+    for k in (1, 5, 10):
+        hits = [retrieval_hit_rate(s, t, top_k=k).item() for s, t in zip(untied, target, strict=True)]
+        recalled = [retrieval_recall(s, t, top_k=k).item() for s, t in zip(untied, target, strict=True)]
+        assert found[f"t2v_r{k}"] == pytest.approx(statistics.mean(hits))
+        assert found[f"t2v_r{k}"] == pytest.approx(statistics.mean(recalled))
+        columns = np.arange(scores.shape[1])
+        if k < len(columns):  # else it says 1 and warns
+            top = sklearn.metrics.top_k_accuracy_score(own.numpy(), untied.numpy(), k=k, labels=columns)
+            assert found[f"t2v_r{k}"] == pytest.approx(top)
+    places = 1 + np.array([np.flatnonzero(np.argsort(-s) == o)[0] for s, o in zip(untied.numpy(), own, strict=True)])
+    assert (found["t2v_medr"], found["t2v_meanr"]) == pytest.approx((np.median(places), places.mean()))
+    # one text a clip: the same the other way round
+    square = scores[:, : len(scores)] if len(scores) <= scores.shape[1] else scores[: scores.shape[1]]
+    one = torch.arange(len(square))
+    assert torch.equal(metrics.video_to_text_ranks(square.T, one), metrics.text_to_video_ranks(square, one))
+
+
+def test_ranks_in_parts_are_the_same(monkeypatch):
+    scores, own = torch.randint(0, 4, (23, 9)).float(), torch.randint(0, 9, (23,))
+    whole = retrieval_ranks(scores, own)
+    monkeypatch.setattr(metrics, "BLOCK", 40)
+    for one, other in zip(whole, retrieval_ranks(scores, own), strict=True):
+        assert torch.equal(one, other)

@@ -4,6 +4,7 @@ Most tests call `main` here, with a patched command line, since starting Python 
 a process has one of its own.
 """
 
+import hashlib
 import json
 import random
 import re
@@ -110,6 +111,33 @@ def test_evaluate_gives_the_numbers_again(undisturbed, call):
         code, out, _ = call(evaluate.main, undisturbed, "--frames", frames, "--split", "val", "--json", "other.json")
         assert code == 0 and f"retrieval on shapes val, 16 candidates, {frames} frames" in out
         assert json.loads(Path("other.json").read_text())["frames"] == frames
+
+
+def test_evaluate_on_another_data_set(undisturbed, call, shapes_cache):
+    """The annotation file of MSR-VTT 1k-A with clips of ours under its names."""
+    ours = sorted(shapes_cache.rglob("*.webm"))[:5]
+    Path("videos").mkdir()
+    names = [f"video{7000 + i}" for i in range(6)]
+    for name, clip in zip(names, ours, strict=False):
+        Path(f"videos/{name}.webm").symlink_to(clip)
+    rows = [f"ret{i},msr{name[5:]},{name},a person is doing thing {i}" for i, name in enumerate(names)]
+    Path("JSFUSION_test.csv").write_text("\n".join(["key,vid_key,video_id,sentence", *rows]))
+    other = ("--format", "msrvtt", "--manifest", "JSFUSION_test.csv", "--root", "videos")
+    code, _, err = call(evaluate.main, undisturbed, *other)
+    assert code == 1 and "1 of 6 files cannot be used" in err  # one of six is missing
+    code, out, _ = call(evaluate.main, undisturbed, *other, "--max-bad", 0.2, "--no-controls", "--json", "zero.json")
+    result = json.loads(Path("zero.json").read_text())
+    assert code == 0 and "5 candidates" in out and "zero-shot" in out
+    assert (result["zero_shot"], result["trained_on"], result["split"]) == (True, "shapes train", "test")
+    assert len(result["evaluation_skipped"]) == 1 and "1 of the set are missing" in result["protocol"]
+    weights_file = undisturbed / "checkpoints" / f"step-{result['step']}" / "model.safetensors"
+    assert result["checkpoint"] == hashlib.sha256(weights_file.read_bytes()).hexdigest()[:16]
+    for wrong, what in (
+        (["--root", "videos"], "name the file"), (["--ensemble", "max"], "without"),
+        (["--top", 0], "at least 1"), (["--manifest", "nowhere.csv"], "nowhere.csv does not exist"),
+    ):  # fmt: skip
+        code, _, err = call(evaluate.main, undisturbed, *wrong)
+        assert code == 1 and what in err and err.count("\n") == 1
 
 
 def test_stopped_by_a_limit_and_gone_on_with(undisturbed, call, tmp_path):

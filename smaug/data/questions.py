@@ -6,6 +6,7 @@ which one tells of the clip, and that one as caption too.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from smaug.data.shapes import COLOURS, NEW_COMBINATIONS, SHAPES, VERSION, Scene
 Task = Literal["retrieval", "qa", "mc"]
 Asked = tuple[str, str, str]  # type, question, answer
 OPTIONS = 5  # of a multiple choice about shapes
+ROUNDS = 3  # each clip of the training set is asked about, each time beside other options
 OPPOSITES = {
     "grow or shrink": ("grows", "shrinks"),
     "move left or right": ("moves left", "moves right"),
@@ -63,8 +65,9 @@ def ask_about_shapes(scenes: Sequence[Scene], samples: Sequence[Sample], split: 
     """
     rng = np.random.default_rng([VERSION, 11, len(split)])
     if task == "mc":
-        drawn = _options(scenes, split, rng)
-        return [replace(s, options=o, answers=s.captions) for s, o in zip(samples, drawn, strict=True)]
+        drawn = [options for _ in range(ROUNDS if split == "train" else 1) for options in _options(scenes, split, rng)]
+        shown = itertools.cycle(samples)
+        return [replace(s, options=o, answers=s.captions) for s, o in zip(shown, drawn, strict=False)]
     by_type: dict[str, list[tuple[int, Asked]]] = {}
     for number, scene in enumerate(scenes):
         for asked in questions_about(scene):

@@ -7,10 +7,12 @@ counts as an error, and the share of questions that the list has an answer to is
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -33,16 +35,22 @@ RANKED = 128  # answers that a decoder spells out to the end: Singularity, Lei e
 
 @dataclass(frozen=True)
 class Answers:
-    """`given[i]` is the answer to `samples[i]`; `skipped`: clips left out."""
+    """`given[i]` is the answer to `samples[i]`, which is the set's number `numbers[i]`; `skipped`: clips left out."""
 
     samples: list[Sample]
+    numbers: list[int]
     given: list[str]
     skipped: list[Skip]
 
-    def scores(self) -> dict[str, float]:
-        """acc, and acc_{type} of each type and of each group of types, as fractions; and how many `questions`."""
+    def scores(self, subsets: Mapping[str, np.ndarray] = MappingProxyType({})) -> dict[str, float]:
+        """acc, and acc_{name} of each type, of each group of types, and of subsets (the set's questions,) bool, as
+        fractions; and how many `questions`."""
         right = [float(given in s.answers) for given, s in zip(self.given, self.samples, strict=True)]
-        return {**by_type(right, self.samples), "questions": float(len(right))}
+        found = by_type(right, self.samples)
+        for name, member in subsets.items():
+            if member[self.numbers].any():
+                found[f"acc_{name}"] = float(np.asarray(right)[member[self.numbers]].mean())
+        return {**found, "questions": float(len(right))}
 
 
 def by_type(hits: Sequence[float], samples: Sequence[Sample]) -> dict[str, float]:
@@ -87,25 +95,25 @@ def answer_questions(
     for number, sample in enumerate(clips.samples):
         asked.setdefault(sample.path, []).append(number)
     first = [numbers[0] for numbers in asked.values()]
-    samples: list[Sample] = []
+    numbers: list[int] = []
     given: list[str] = []
     skipped: list[Skip] = []
     for block in encode_clips(model, clips, first, look, skipped, batch):
         check_share(skipped, len(first), max_bad, clips.decoder.name)
         each = [asked[clips.samples[number].path] for number in block.numbers]
-        pairs = [(place, clips.samples[n]) for place, numbers in enumerate(each) for n in numbers]
-        step = max(1, TEXTS // max(1, len(pairs[0][1].options)))
+        pairs = [(place, number) for place, several in enumerate(each) for number in several]
+        step = max(1, TEXTS // max(1, len(clips.samples[pairs[0][1]].options)))
         for start in range(0, len(pairs), step):
-            some = pairs[start : start + step]
-            own = torch.tensor([place for place, _ in some], device=block.features.device)
-            these = [sample for _, sample in some]
+            places, some = zip(*pairs[start : start + step], strict=True)
+            own = torch.tensor(places, device=block.features.device)
+            these = [clips.samples[number] for number in some]
             asker = _Asker(model, tokenizer, block, own, ensemble, blind, look.sparse)
             given += _choose(asker, these) if these[0].options else _answer(asker, these, answers)
-            samples += these
+            numbers += some
         if report is not None:
-            report("questions answered", len(samples), len(clips))
+            report("questions answered", len(numbers), len(clips))
     check_share(skipped, len(first), max_bad, clips.decoder.name)
-    return Answers(samples, given, skipped)
+    return Answers([clips.samples[number] for number in numbers], numbers, given, skipped)
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def score_questions(
         )
 
     plain = score(how.shuffle)
-    result: dict[str, Any] = plain.scores()
+    result: dict[str, Any] = plain.scores(clips.subsets)
     controls = {"prior": priors(plain.samples)}
     if how.controls:
         controls["shuffled"] = (plain if how.shuffle else score(True)).scores()
@@ -164,7 +164,9 @@ def protocol(model: Model, recipe: Recipe, how: How, found: Retrieval, top: int,
         f"{frames} frame{'s' * (frames > 1)} of a clip, their mean for the dual encoder",
     ]
     if has_match_head(model):
-        fused = {"concat": "all frames fused together"}.get(how.ensemble, f"{how.ensemble} of the frames' match logits")
+        keep = recipe.model.selector.keep
+        which = f"the {keep} frames that the text selects" if keep else "all frames"
+        fused = f"{which}, {'fused together' if how.ensemble == 'concat' else how.ensemble + ' of their match logits'}"
         words += [f"the dual encoder's best {top} ranked again by dual + match logit, others behind; {fused}"]
     else:
         words += ["ranked by the dual encoder"]

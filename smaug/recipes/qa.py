@@ -24,7 +24,8 @@ from smaug.recipe import Recipe
 
 def recipe(size: str = "tiny") -> Recipe:
     model = SIZES[size]
-    video = replace(model.video, attend="frame", tubes="spread", frames=4 * model.video.tubelet, temporal_layers=1)
+    frames = (2 if size == "tiny" else 4) * model.video.tubelet
+    video = replace(model.video, attend="frame", tubes="spread", frames=frames, temporal_layers=1)
     fusion = FusionConfig(depth=1 if size == "tiny" else 3, heads=model.text.heads)
     return Recipe(
         name="qa",
@@ -33,6 +34,6 @@ def recipe(size: str = "tiny") -> Recipe:
         video_mask=VideoMask(ratio=0.0, kind="even"),
         text_mask=TextMask(ratio=0.0),
         objectives={"answer": Answer(decoder=fusion)},
-        data=DataConfig(batch=64),
-        optim=OptimConfig(lr=5e-4 if size == "tiny" else 1e-5, steps=1500),
+        data=DataConfig(batch=128 if size == "tiny" else 64),
+        optim=OptimConfig(lr=5e-4 if size == "tiny" else 1e-5, steps=1200),
     )

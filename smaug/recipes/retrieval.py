@@ -24,7 +24,8 @@ from smaug.recipe import Recipe
 
 def recipe(size: str = "tiny") -> Recipe:
     model = SIZES[size]
-    video = replace(model.video, attend="frame", tubes="spread", frames=4 * model.video.tubelet, temporal_layers=1)
+    frames = (2 if size == "tiny" else 4) * model.video.tubelet
+    video = replace(model.video, attend="frame", tubes="spread", frames=frames, temporal_layers=1)
     return Recipe(
         name="retrieval",
         model=replace(

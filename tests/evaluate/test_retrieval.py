@@ -1,5 +1,6 @@
 """Retrieval on a model whose vectors are planted, so that every rank is known beforehand."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,15 +11,16 @@ import torch
 from torch import nn
 
 from smaug.data import text
-from smaug.data.clips import Clips
+from smaug.data.clips import Clips, DataConfig
 from smaug.data.decode.pyav import PyavDecoder
 from smaug.data.loader import middle_frames
-from smaug.data.manifest import Sample
+from smaug.data.manifest import Sample, Skip
 from smaug.data.text import train_tokenizer
 from smaug.device import choose
+from smaug.evaluate import encode
 from smaug.evaluate import match as matching
 from smaug.evaluate.retrieval import retrieval
-from smaug.evaluate.scores import How, evaluate
+from smaug.evaluate.scores import How, evaluate, provenance, split_of
 from smaug.model.frame_selector import FrameSelectorConfig
 from smaug.model.fusion import FusionConfig
 from smaug.model.model import ModelConfig
@@ -190,20 +192,15 @@ SMALL = ModelConfig(
 )
 
 
-def two_stages():
-    """A random model of all parts, twelve noisy clips, and 1 + i % 3 captions of clip i."""
-    n = 12
+def two_stages(n=12, config=SMALL):
+    """A random model of all parts, n noisy clips, and 1 + i % 3 captions of clip i."""
     tokenizer = train_tokenizer(WORDS, 500)
-    words = iter(WORDS * 2)
-    samples = [
-        Sample(
-            Path(f"{i}.mp4"), "video", tuple(" ".join((next(words), WORDS[i])) for _ in range(1 + i % 3)), f"{i}.mp4"
-        )
-        for i in range(n)
-    ]
+    words = itertools.cycle(WORDS)
+    said = [tuple(f"{next(words)} {WORDS[i % 30]}" for _ in range(1 + i % 3)) for i in range(n)]
+    samples = [Sample(Path(f"{i}.mp4"), "video", own, f"{i}.mp4") for i, own in enumerate(said)]
     frames = np.random.default_rng(0).integers(0, 256, (n, 4, 8, 8, 3), dtype=np.uint8)
     torch.manual_seed(0)
-    recipe = Recipe("small", SMALL, objectives={"vtc": Vtc(embed_dim=16), "vtm": Vtm()})
+    recipe = Recipe("small", config, objectives={"vtc": Vtc(embed_dim=16), "vtm": Vtm()})
     model = build(recipe, tokenizer.get_vocab_size(), "auto")
     for name, p in model.named_parameters():
         if name.endswith(("word.weight", "position", "cls", "time")):
@@ -291,6 +288,139 @@ def test_dense_scoring_prunes_nothing_and_fuses_every_frame(monkeypatch):
     assert model.video(
         [(torch.zeros(1, 4, 8, 8, 3, dtype=torch.uint8), torch.arange(16, dtype=torch.int32)[None])]
     ).frames.lengths == 4  # fmt: skip
+
+
+def units(model, video, t):
+    """Match logits of a text with each sequence of a video that it selects, one at a time."""
+    features, encoded = t
+    kv_ids = video.frame_ids
+    if model.selector is not None:
+        kv_ids, _ = model.selector(video.summaries, features, kv_ids)
+    fused = [
+        model.fusion([encoded], video.frames, kv_ids[:, m : m + 1], None).values[:1] for m in range(kv_ids.shape[1])
+    ]
+    logits = model.heads["vtm"](torch.cat(fused))
+    return logits[:, 1] - logits[:, 0]
+
+
+LATE = {
+    "mean": lambda x: x.mean(),
+    "max": lambda x: x.max(),
+    "lse": lambda x: x.exp().mean().log(),
+}
+
+
+@pytest.mark.parametrize("attend", ["frame", "clip"])
+@pytest.mark.parametrize("how", LATE)
+@torch.no_grad()
+def test_a_late_ensemble_scores_each_frame_by_itself(how, attend, monkeypatch):
+    """attend=clip: two views of the clip by 2 frames each, 0 2 and 1 3, encoded by themselves; dual: the mean."""
+    config = SMALL
+    if attend == "clip":
+        whole = replace(SMALL_VIDEO, attend="clip", temporal_layers=0, frames=2)
+        config = replace(SMALL, video=whole, selector=FrameSelectorConfig())
+    model, clips, tokenizer = two_stages(6, config)
+    monkeypatch.setattr(matching, "ROWS", 17)
+    found = retrieval(model, clips, tokenizer, frames=4, max_bad=0, top=100, ensemble=how, batch=4).scores
+    captions = [(i, c) for i, s in enumerate(clips.samples) for c in s.captions]
+    words = [text.pack(text.encode(tokenizer, [c], 32), text.number(tokenizer, text.CLS)) for _, c in captions]
+    texts, own = [model.text(w) for w in words], torch.tensor([i for i, _ in captions])
+    scores, dual = torch.zeros(2, len(texts), 6)
+    for v in range(6):
+        ((group,), _) = middle_frames(clips, [v], 4)
+        views = [group.video] if attend == "frame" else [group.video[:, [0, 2]], group.video[:, [1, 3]]]
+        seen = [model.video([(view, torch.arange(4 * view.shape[1], dtype=torch.int32)[None])]) for view in views]
+        features = torch.stack([part.features for part in seen]).mean(0)
+        for t, encoded in enumerate(texts):
+            dual[t, v] = model.heads["vtc"].scores(encoded[0], features)
+            scores[t, v] = LATE[how](torch.cat([units(model, part, encoded) for part in seen]))
+    truth = expected(scores + dual, scores + dual, own)
+    assert {key: found[key] for key in truth} == pytest.approx(truth)
+
+
+def test_tokens_that_are_not_kept_are_encoded_again(monkeypatch):
+    model, clips, tokenizer = two_stages()
+    kept = retrieval(model, clips, tokenizer, frames=4, max_bad=0, top=4, batch=5)
+    monkeypatch.setattr(encode, "KEEP", 5 * 4 * 4 * 32 * 4)  # of one block
+    seen, rows = [], []
+    model.video.register_forward_hook(lambda _, given, got: seen.append(len(given[0][0][0])))
+    model.fusion.blocks[0].key_value.register_forward_hook(lambda _, given, got: rows.append(len(got)))
+    reported = []
+    again = retrieval(
+        model, clips, tokenizer, frames=4, max_bad=0, top=4, batch=5, report=lambda *what: reported.append(what)
+    )
+    assert again == kept and seen == [5, 5, 2, 5, 2]
+    assert sum(rows) == 12 * 4 * 4  # each frame was projected once
+    assert [r for r in reported if r[0] == "clips encoded"] == [("clips encoded", n, 12) for n in (5, 10, 12)]
+    assert reported[-1][0] == "pairs matched" and reported[-1][1] == reported[-1][2]
+
+
+def test_every_clip_of_the_set_is_a_candidate():
+    """500 was the most once; MSR-VTT 1k-A has 1,000, ActivityNet Captions 4,917."""
+    model, clips, tokenizer = two_stages(520)
+    found = retrieval(model, clips, tokenizer, frames=1, max_bad=0, top=1)
+    assert found.scores["candidates"] == 520 and found.captions == sum(1 + i % 3 for i in range(520))
+
+
+def test_dual_softmax_stands_beside_the_plain_numbers():
+    table = torch.rand(8, 8, generator=torch.Generator().manual_seed(0)) + torch.eye(8) * 0.3
+    model, clips, tokenizer = planted(table, [(i,) for i in range(8)])
+    plain = retrieval(model, clips, tokenizer, frames=1, max_bad=0).scores
+    both = retrieval(model, clips, tokenizer, frames=1, max_bad=0, dual_softmax=True).scores
+    assert {key: both[key] for key in plain} == plain
+    logits = (table / table.norm(dim=1, keepdim=True) / 0.07).double().numpy()
+    for key, axis in (("t2v", 0), ("v2t", 1)):
+        shares = np.exp(logits) / np.exp(logits).sum(axis, keepdims=True)
+        scores = torch.from_numpy(logits * shares)
+        truth = expected(scores, scores, torch.arange(8))
+        assert both[f"{key}_r1_dsl"] == pytest.approx(truth[f"{key}_r1"])
+        assert both[f"{key}_meanr_dsl"] == pytest.approx(truth[f"{key}_meanr"])
+    assert any(both[f"{key}_dsl"] != both[key] for key in ("t2v_r1", "v2t_r1", "t2v_meanr", "v2t_meanr"))
+
+
+def test_an_ensemble_that_has_nothing_to_join_is_refused():
+    model, clips, tokenizer = planted(torch.eye(3), [(0,), (1,), (2,)])
+    with pytest.raises(ValueError, match=r"--ensemble mean joins .* without"):
+        retrieval(model, clips, tokenizer, frames=1, max_bad=0, ensemble="mean")
+    whole = replace(SMALL_VIDEO, attend="clip", temporal_layers=0, frames=2)
+    model, clips, tokenizer = two_stages(3, replace(SMALL, video=whole, selector=FrameSelectorConfig()))
+    for frames in (2, 3):
+        with pytest.raises(ValueError, match=f"must be a multiple of that, such as 4, not {frames}"):
+            retrieval(model, clips, tokenizer, frames=frames, max_bad=0, ensemble="max")
+
+
+def test_a_result_says_what_it_is():
+    model, clips, tokenizer = two_stages(4)
+    model.text.config = replace(model.text.config, max_words=2)
+    clips.skipped = [Skip("gone.mp4", "does not exist")]
+    recipe, way = Recipe("small", SMALL, data=DataConfig(batch=7)), choose(fast=False, device="cpu")
+    result = evaluate(model, recipe, clips, tokenizer, way, how=How(2, 3, "lse", controls=False), split="val")
+    assert result["captions"] == result["captions_cut"] == 7
+    assert (result["frames"], result["batch"], result["split"]) == (2, 7, "val")
+    assert result["evaluation_skipped"] == ["gone.mp4: does not exist"]
+    for part in ("7 texts", "rank 4 clips (1 of the set are missing)", "of which the best counts", "2 frames",
+                 "best 3 ranked again", "the 2 frames that the text selects, lse", "7 texts cut", "ties"):  # fmt: skip
+        assert part in result["protocol"]
+    assert "t2v_r1_shuffled" not in result and "t2v_r1_dense" not in result
+
+
+def test_zero_shot_is_another_data_set():
+    def data(*paths, eval=(), **others):
+        return DataConfig(manifest=tuple(map(Path, paths)), eval_manifest=tuple(map(Path, eval)), **others)
+
+    def zero_shot(trained, evaluated):
+        return provenance(trained, evaluated)["zero_shot"]
+
+    msrvtt, mine = data("a/MSRVTT_train.9k.csv", format="msrvtt"), data("mine/train.csv")
+    assert not zero_shot(DataConfig(), DataConfig()) and not zero_shot(msrvtt, msrvtt)
+    assert not zero_shot(msrvtt, data("b/MSRVTT_JSFUSION_test.csv", format="msrvtt"))
+    assert zero_shot(data("a/webvid.csv", format="webvid"), msrvtt) and zero_shot(DataConfig(), msrvtt)
+    assert not zero_shot(mine, data("mine/train.csv", eval=["mine/test.csv"]))
+    assert zero_shot(mine, data("mine/train.csv", eval=["other/test.csv"]))
+    assert provenance(msrvtt, mine)["trained_on"] == "MSRVTT_train.9k.csv"
+    names = ("MSRVTT_JSFUSION_test.csv", "didemo/val_data.json", "clips.csv")
+    assert [split_of(data(n, eval=[n]), "test") for n in names] == ["test", "val", "unnamed"]
+    assert split_of(mine, "test") == "train" and split_of(DataConfig(), "val") == "val"
 
 
 def spread(model):

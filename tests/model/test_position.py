@@ -1,8 +1,9 @@
 """Tables of time."""
 
+import pytest
 import torch
 
-from smaug.model.position import resample_time
+from smaug.model.position import more_places, resample_time
 
 
 def test_time_for_other_numbers_of_moments():
@@ -21,3 +22,11 @@ def test_time_for_other_numbers_of_moments():
 def test_one_moment_is_the_same_at_all_times():
     table = torch.tensor([[2.0, 5.0]])
     assert torch.equal(resample_time(table, 3), table.expand(3, 2))
+
+
+def test_more_places_keep_what_was_trained_and_repeat_the_words_places():
+    table = torch.arange(4.0)[:, None]
+    assert more_places(table, 9)[:, 0].tolist() == [0, 1, 2, 3, 1, 2, 3, 1, 2]
+    assert torch.equal(more_places(table, 4), table) and torch.equal(more_places(table, 2), table[:2])
+    with pytest.raises(ValueError, match="1 places"):
+        more_places(table[:1], 5)

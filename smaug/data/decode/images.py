@@ -40,25 +40,30 @@ def read_image(source: Media | str, size: int, *, crop: Crop | None = None, flip
             need = size if crop is None else int(size / min(*crop.shares(*sides), *crop.shares(*sides[::-1]))) + 1
             image.draft(None, (need, need))
             ImageOps.exif_transpose(image, in_place=True)  # a copy of the largest takes 256 MiB
-            upright = _rgb(image)
-        if crop is None:
-            height = width = float(min(upright.size))
-            top, left = (upright.height - height) // 2, (upright.width - width) // 2
-        else:
-            shares = crop.shares(upright.height, upright.width)
-            height, width = shares[0] * upright.height, shares[1] * upright.width
-            top, left = (upright.height - height) * crop.y, (upright.width - width) * crop.x
-        square = upright.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+            picture = square(image, size, crop)
         if flip:
-            square = ImageOps.mirror(square)
-        return np.asarray(square)[None].copy()  # Pillow's own memory is read-only
+            picture = ImageOps.mirror(picture)
+        return np.asarray(picture)[None].copy()  # Pillow's own memory is read-only
     except DecodeError:
         raise
     except Exception as error:  # Pillow's readers raise what a damaged file leads them to: SyntaxError, struct.error
         raise DecodeError(_pillow_reason(error)) from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def square(upright: Image.Image, size: int, crop: Crop | None = None) -> Image.Image:
+    """`crop` of a picture, or its middle square, by an antialiased bicubic filter, on white: (size, size) in RGB."""
+    upright = rgb(upright)
+    if crop is None:
+        height = width = float(min(upright.size))
+        top, left = (upright.height - height) // 2, (upright.width - width) // 2
+    else:
+        shares = crop.shares(upright.height, upright.width)
+        height, width = shares[0] * upright.height, shares[1] * upright.width
+        top, left = (upright.height - height) * crop.y, (upright.width - width) * crop.x
+    return upright.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+
+
+def rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB, transparent parts white, 16-bit gray by its upper byte (Pillow's own conversion clips it)."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")

@@ -137,6 +137,18 @@ def read_frames(
     return result
 
 
+def middle_squares(frames: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """F frames that are decoded already, (H, W, 3) uint8 RGB, as `read_frames` shows them: (F, size, size, 3).
+
+    Raises DecodeError for frames that are too large.
+    """
+    result = np.empty((len(frames), size, size, 3), np.uint8)
+    painter = _Painter(result, View(size, None, False, 1.0), "rawvideo")
+    for number, frame in enumerate(frames):
+        painter.paint(VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"), [number])
+    return result
+
+
 @dataclass(slots=True)
 class Index:
     """What the packets of a stream say without being decoded. Positions count packets in the order of the file."""
