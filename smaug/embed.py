@@ -39,7 +39,7 @@ def embed_videos(run: Run, video: Tensor) -> Tensor:
 
 def pack_texts(recipe: Recipe, tokenizer: Tokenizer, texts: Sequence[str]) -> PackedTokens:
     """The words of each text as a model of this recipe reads them; more than `max_words` pieces are cut."""
-    return text.pack(text.encode(tokenizer, texts, recipe.model.text.max_words), text.number(tokenizer, text.CLS))
+    return text.pack_captions(tokenizer, texts, recipe.model.text.max_words, recipe.model.text.sep)
 
 
 @torch.no_grad()

@@ -143,6 +143,7 @@ def open_loader(recipe: Recipe, clips: Clips, tokenizer: Tokenizer) -> Loader:
         frames=recipe.model.video.frames,
         view=recipe.model.video.view,
         max_words=recipe.model.text.max_words,
+        sep=recipe.model.text.sep,
         text_mask=recipe.text_mask,
         mlm_ratio=next((o.ratio for o in recipe.objectives.values() if isinstance(o, Mlm)), 0.0),
         answers=next((o.answers for o in recipe.objectives.values() if isinstance(o, Answer)), ()),

@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 import smaug
-from smaug import checkpoint, device
+from smaug import checkpoint, device, pretrained
 from smaug import recipe as recipes
 from smaug.data.clips import Clips
 from smaug.data.journal import one_line
@@ -74,11 +74,15 @@ class Options:
 
 
 def parse(arguments: list[str]) -> tuple[Options, str]:
-    """Recipe and size come first, since they decide the defaults; a run to resume brings its own."""
+    """Recipe, size and pre-trained starts come first, as they decide the defaults; a run to resume brings its own."""
     rest = list(arguments)
     name = rest.pop(0) if rest and not rest[0].startswith("-") else DEFAULT_RECIPE
     asked = _take(rest, "--size")
     size = asked or "tiny"
+    starts = {part: _take(rest, f"--model.{part}") or "" for part in ("vision", "text")}
+    for part, start in starts.items():
+        if start.startswith("-"):
+            raise ValueError(f"--model.{part} needs a name on the Hugging Face Hub or a folder, and {start} is neither")
     fast = False
     run_dir = _peek(rest, "--run-dir")
     if "--resume" in rest:
@@ -93,18 +97,23 @@ def parse(arguments: list[str]) -> tuple[Options, str]:
         default, fast, size = saved, config["fast"], config["size"]
         if asked not in (None, size):
             raise ValueError(f"{run_dir} is a run of the size {size}, not of {asked}")
+        _same_starts(run_dir, saved, starts)
     elif init := _peek(rest, "--init"):
         config = read_config(Path(init))
         if asked not in (None, config["size"]):
             raise ValueError(f"--init {init} is a run of the size {config['size']}, not of {asked}")
         size = config["size"]
         default = recipes.load(name, size)
-        default = replace(default, model=begun_from(recipes.from_json(config["recipe"]).model, default.model))
+        saved = recipes.from_json(config["recipe"])
+        _same_starts(init, saved, starts)
+        default = replace(default, model=begun_from(saved.model, default.model))
     else:
         default = recipes.load(name, size)
+        default = replace(default, model=pretrained.fit(default.model, **starts))
     options = tyro.cli(
         Options,
-        prog=f"python -m smaug.train [{'|'.join(recipes.names())}] [--size {'|'.join(SIZES)}]",
+        prog=f"python -m smaug.train [{'|'.join(recipes.names())}] [--size {'|'.join(SIZES)}] "
+        "[--model.vision CHECKPOINT] [--model.text CHECKPOINT]",
         description=__doc__,
         args=rest,
         default=Options(recipe=default, fast=fast),
@@ -119,12 +128,22 @@ def parse(arguments: list[str]) -> tuple[Options, str]:
     return options, size
 
 
+def _same_starts(run: str, saved: Recipe, asked: dict[str, str]) -> None:
+    began = {"vision": saved.model.video.start, "text": saved.model.text.start}
+    for part, start in asked.items():
+        if start not in ("", began[part]):
+            raise ValueError(f"{run} began its {part} from {began[part] or 'random weights'}, not from {start}")
+
+
 def begun_from(saved: ModelConfig, own: ModelConfig) -> ModelConfig:
     """What a recipe makes of a trained model: pruning and frames are the recipe's, as is what that model lacks."""
     video = replace(
         saved.video, prune=own.video.prune, frames=own.video.frames // own.video.tubelet * saved.video.tubelet
     )
-    return replace(saved, video=video, fusion=saved.fusion if saved.fusion.depth else own.fusion)
+    fusion = saved.fusion if saved.fusion.depth else own.fusion
+    if saved.text.start:  # BERT's layers, new as they are
+        fusion = replace(saved.fusion, depth=fusion.depth)
+    return replace(saved, video=video, fusion=fusion)
 
 
 def _take(arguments: list[str], flag: str) -> str | None:
@@ -162,7 +181,13 @@ def run(options: Options, size: str, command: str) -> int:
 
     torch.manual_seed(recipe.seed)
     # Sizes do not depend on the captions' words but for the word table, which costs no arithmetic.
-    scratch = build(recipe, vocabulary=64, impl=way.impl)
+    words, starts = 64, []
+    begins = not options.resume and not options.init
+    if recipe.model.text.start and begins:
+        words = pretrained.load_tokenizer(recipe.model.text.start).get_vocab_size()
+    scratch = build(recipe, words, impl=way.impl)
+    if begins:  # refuses a start that does not fit before anything is written
+        starts = pretrained.load_weights(scratch, recipe.model)
     parameters = sum(p.numel() for p in scratch.parameters())
     seconds = predicted_seconds(scratch, recipe, steps, device.matrix_rate(way))
     console.print(
@@ -174,6 +199,8 @@ def run(options: Options, size: str, command: str) -> int:
     console.print(
         f"predicted  {seconds / 60:.1f} minutes of training for {steps} steps (from counted FLOPs)", highlight=False
     )
+    for sentence in starts:
+        console.print(f"start      {sentence}", highlight=False, soft_wrap=True)
     console.print(f"run        {folder}", highlight=False, soft_wrap=True)
 
     clips, held_out = (open_split(recipe, split, console, way.device) for split in ("train", "test"))
@@ -201,6 +228,7 @@ def run(options: Options, size: str, command: str) -> int:
         "step": 0, "clips": 0, "tokens_computed": 0, "tokens_dense": 0,
         "device_seconds": 0.0, "data_seconds": 0.0, "wall_seconds": 0.0,
     }  # fmt: skip
+    state = None
     if options.resume:
         state, damaged = checkpoint.load_newest(folder / "checkpoints", model, optimizer)
         for sentence in damaged:
@@ -208,6 +236,8 @@ def run(options: Options, size: str, command: str) -> int:
         totals |= state["totals"] if state else {}
         at = f"step {totals['step']:.0f}" if state else "step 0, since there is no checkpoint yet"
         console.print(f"resuming at {at}", highlight=False)
+    if state is None and not init:
+        pretrained.load_weights(model, recipe.model)
     if init and not totals["step"]:
         console.print(f"init       {start_from(model, Path(init))}", highlight=False, soft_wrap=True)
 
@@ -259,12 +289,14 @@ def _name_skipped(console: Console, path: Path, skips: Sequence[Skip]) -> list[s
 
 
 def _tokenizer(folder: Path, clips: Clips, options: Options) -> Tokenizer:
-    """The run's own: that of the run it starts from, or trained on its texts when it started."""
+    """The run's own: that of the run or the checkpoint it starts from, or trained on its texts when it started."""
     path = folder / "tokenizer.json"
     if options.resume and path.exists():
         return Tokenizer.from_file(str(path))
     if options.init:
         tokenizer = Tokenizer.from_file(str(options.init / "tokenizer.json"))
+    elif options.recipe.model.text.start:
+        tokenizer = pretrained.load_tokenizer(options.recipe.model.text.start)
     else:
         texts = [text for s in clips.samples for text in (*s.captions, *s.options, *s.answers)]
         tokenizer = train_tokenizer(texts, options.recipe.data.vocabulary)

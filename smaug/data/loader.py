@@ -107,6 +107,7 @@ class Loader:
         frames: int,
         view: int = 1,
         max_words: int,
+        sep: bool = False,
         text_mask: TextMask,
         mlm_ratio: float = 0.0,
         answers: Sequence[str] = (),
@@ -126,6 +127,7 @@ class Loader:
         self.skipped: dict[int, Skip] = {}
         self.cls = text.number(tokenizer, text.CLS)
         self.mask = text.number(tokenizer, text.MASK)
+        self.sep = text.number(tokenizer, text.SEP) if sep else None
         self.mlm_mask = TextMask(mlm_ratio, "mask")
         self.answers, self.spell = {answer: i for i, answer in enumerate(answers)}, spell
         self._order = functools.lru_cache(maxsize=4)(self._permutation)
@@ -175,8 +177,9 @@ class Loader:
         said = [self.clips.samples[n].captions for n in numbers]
         captions = [several[epoch % len(several)] for several in said]
         # One call for the batch, in the thread that makes it; the tokenizer releases the GIL.
-        words = text.encode(self.tokenizer, captions, self.max_words)
-        whole = text.pack(words, self.cls)
+        ends = self.sep is not None
+        words = text.encode(self.tokenizer, captions, self.max_words - ends)
+        whole = text.pack(words, self.cls, sep=self.sep)
         contrast, masked, rows, labels = whole, None, [], []
         counts: tuple[int, ...] = ()
         drawn: dict[str, Any] = {
@@ -187,22 +190,22 @@ class Loader:
         }
         if self.text_mask.ratio > 0:
             mask = self.mask if self.text_mask.kind == "mask" else None
-            contrast = text.pack(words, self.cls, self.text_mask.draw(**drawn), mask)
+            contrast = text.pack(words, self.cls, self.text_mask.draw(**drawn), mask, sep=self.sep)
         if self.mlm_mask.ratio > 0:
             kept = self.mlm_mask.draw(**drawn, stream=MLM_STREAM)
-            masked = text.pack(words, self.cls, kept, self.mask)
+            masked = text.pack(words, self.cls, kept, self.mask, sep=self.sep)
             counts = tuple(len(w) - len(stay) for w, stay in zip(words, kept, strict=True))
             first = 1
             for w, stay in zip(words, kept, strict=True):
                 gone = sorted(set(range(len(w))) - set(stay.tolist()))
                 rows += [first + place for place in gone]
                 labels += [w[place] for place in gone]
-                first += 1 + len(w)
+                first += 1 + len(w) + ends
         asked = [self.clips.samples[n] for n in numbers]
         options, right, begun, after, belongs = None, NO_ANSWERS, None, NO_ANSWERS, NO_ANSWERS
         if asked[0].options:
             every = [option for sample in asked for option in sample.options]
-            options = text.pack(text.encode(self.tokenizer, every, self.max_words), self.cls)
+            options = text.pack(text.encode(self.tokenizer, every, self.max_words - ends), self.cls, sep=self.sep)
             right = torch.tensor([sample.options.index(sample.answers[0]) for sample in asked])
         elif asked[0].answers:
             right = torch.tensor([self.answers.get(sample.answers[0], IGNORED) for sample in asked])

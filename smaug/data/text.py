@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -27,17 +28,25 @@ def train_tokenizer(captions: Sequence[str], vocabulary: int) -> Tokenizer:
     special = [PAD, UNK, CLS, SEP, MASK]
     trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=[*special, *inner], show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer = _untrained(models.WordPiece(tokenizer.get_vocab(), unk_token=UNK))  # in which ##a is not special
-    tokenizer.add_special_tokens(special)
+    return word_pieces(tokenizer.get_vocab())  # in which ##a is not special
+
+
+def word_pieces(vocabulary: dict[str, int], **normal: Any) -> Tokenizer:
+    """BERT's tokenizer of a vocabulary, BERT's five special pieces among it. normal: as BertNormalizer takes it."""
+    missing = [piece for piece in (PAD, UNK, CLS, SEP, MASK) if piece not in vocabulary]
+    if missing:
+        raise ValueError(f"the vocabulary has no {', '.join(missing)}")
+    tokenizer = _untrained(models.WordPiece(vocabulary, unk_token=UNK), **normal)
+    tokenizer.add_special_tokens([PAD, UNK, CLS, SEP, MASK])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{CLS} $A {SEP}", special_tokens=[(t, tokenizer.token_to_id(t)) for t in (CLS, SEP)]
     )
     return tokenizer
 
 
-def _untrained(model: models.WordPiece) -> Tokenizer:
+def _untrained(model: models.WordPiece, **normal: Any) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.normalizer = normalizers.BertNormalizer(**normal)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer
@@ -49,6 +58,12 @@ def number(tokenizer: Tokenizer, piece: str) -> int:
     if found is None:
         raise ValueError(f"the tokenizer has no {piece}; use the tokenizer.json that the run was trained with")
     return found
+
+
+def pack_captions(tokenizer: Tokenizer, captions: Sequence[str], max_words: int, sep: bool) -> PackedTokens:
+    """Whole captions as a model of `TextEncoderConfig` max_words and sep takes them; see `pack`."""
+    words = encode(tokenizer, captions, max_words - sep)
+    return pack(words, number(tokenizer, CLS), sep=number(tokenizer, SEP) if sep else None)
 
 
 def encode(tokenizer: Tokenizer, captions: Sequence[str], max_words: int) -> list[list[int]]:
@@ -65,9 +80,14 @@ def lengths(tokenizer: Tokenizer, captions: Sequence[str]) -> list[int]:
 
 
 def pack(
-    captions: Sequence[Sequence[int]], cls: int, kept: Sequence[Tensor] | None = None, mask: int | None = None
+    captions: Sequence[Sequence[int]],
+    cls: int,
+    kept: Sequence[Tensor] | None = None,
+    mask: int | None = None,
+    *,
+    sep: int | None = None,
 ) -> PackedTokens:
-    """Word numbers as one packed batch, [CLS] first in each caption.
+    """Word numbers as one packed batch, [CLS] first in each caption, and `sep` last if it is given.
 
     `kept[i]` are the 0-based places of the words that stay; the others are left out, or become `mask` if it is given.
     -> values (T,) int64 word numbers, ids (T,) int32 places in the whole caption ([CLS] is 0).
@@ -75,14 +95,16 @@ def pack(
     values: list[int] = []
     ids: list[int] = []
     lengths: list[int] = []
+    end = [] if sep is None else [sep]
     for i, words in enumerate(captions):
+        after = len(words) + 1  # the place of [SEP], whatever is left out
         places = range(len(words)) if kept is None else kept[i].tolist()
         if mask is not None and kept is not None:
             stay = set(places)
             words, places = [w if j in stay else mask for j, w in enumerate(words)], range(len(words))
-        values += [cls, *(words[j] for j in places)]
-        ids += [0, *(j + 1 for j in places)]
-        lengths.append(1 + len(places))
+        values += [cls, *(words[j] for j in places), *end]
+        ids += [0, *(j + 1 for j in places), *(after for _ in end)]
+        lengths.append(1 + len(places) + len(end))
     cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     torch.cumsum(torch.tensor(lengths), 0, out=cu_seqlens[1:])
     return PackedTokens(

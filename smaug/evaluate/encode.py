@@ -168,13 +168,12 @@ class EncodedTexts:
 def encode_texts(
     model: Model, tokenizer: Tokenizer, captions: Sequence[str], *, tokens: bool = True, batch: int = BATCH
 ) -> EncodedTexts:
-    device, most = next(model.parameters()).device, model.text.config.max_words
-    words, cls = text.encode(tokenizer, captions, most), text.number(tokenizer, text.CLS)
+    device, config = next(model.parameters()).device, model.text.config
     features, encoded = [], []
-    for start in range(0, len(words), batch):
-        packed = tree_map_only(Tensor, lambda t: t.to(device), text.pack(words[start : start + batch], cls))
-        some, read = model.text(packed)
+    for start in range(0, len(captions), batch):
+        packed = text.pack_captions(tokenizer, captions[start : start + batch], config.max_words, config.sep)
+        some, read = model.text(tree_map_only(Tensor, lambda t: t.to(device), packed))
         features.append(some)
         encoded += [read] if tokens else []
-    cut = sum(n > most for n in text.lengths(tokenizer, captions))
+    cut = sum(n + config.sep > config.max_words for n in text.lengths(tokenizer, captions))
     return EncodedTexts(torch.cat(features), cat_tokens(encoded) if tokens else None, cut)

@@ -129,7 +129,8 @@ class _Asker:
     sparse: bool
 
     def encode(self, texts: Sequence[str], room: int = 0) -> list[list[int]]:
-        return text.encode(self.tokenizer, texts, self.model.text.config.max_words - room)
+        config = self.model.text.config
+        return text.encode(self.tokenizer, texts, config.max_words - config.sep - room)
 
     def score(
         self,
@@ -151,7 +152,8 @@ class _Asker:
             kv_ids, gate = model.selector(self.block.summaries, features, kv_ids)
         rows, count = encoded.first_rows(), 1
         if asked == "last":
-            rows, count = (encoded.cu_seqlens[1:, None] + torch.arange(-last, 0, device=device)).flatten(), last
+            ends = encoded.cu_seqlens[1:, None] - int(model.text.config.sep)  # [SEP] is nobody's answer
+            rows, count = (ends + torch.arange(-last, 0, device=device)).flatten(), last
         read, keys_values = model.fusion.read(encoded), model.fusion.project(self.block.frames)
 
         def fused(ids: Tensor, gate: Tensor | None) -> Tensor:
@@ -165,7 +167,7 @@ class _Asker:
         return ensemble(torch.stack(units, 1), kv_ids >= (-1 if self.blind else 0), self.how)
 
     def pack(self, words: Sequence[Sequence[int]]) -> PackedTokens:
-        return _pack(self.tokenizer, words, self.own.device)
+        return _pack(self.tokenizer, words, self.own.device, self.model.text.config.sep)
 
 
 def _choose(asker: _Asker, samples: Sequence[Sample]) -> list[str]:
@@ -256,7 +258,10 @@ def spell_answers(head: Speller, tokenizer: Tokenizer, questions: PackedTokens, 
     return scores
 
 
-def _pack(tokenizer: Tokenizer, words: Sequence[Sequence[int]], device: torch.device) -> PackedTokens:
-    packed = text.pack(words, text.number(tokenizer, text.CLS))
+def _pack(
+    tokenizer: Tokenizer, words: Sequence[Sequence[int]], device: torch.device, sep: bool = False
+) -> PackedTokens:
+    end = text.number(tokenizer, text.SEP) if sep else None
+    packed = text.pack(words, text.number(tokenizer, text.CLS), sep=end)
     moved: PackedTokens = tree_map_only(Tensor, lambda x: x.to(device), packed)
     return moved

@@ -12,10 +12,9 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from smaug import ops
-from smaug.model.layers import SelfAttention, init_linear
+from smaug.model.layers import ACTIVATIONS, Activation, Norm, SelfAttention, init_linear, normed
 from smaug.tokens import Lengths, PackedTokens, cat_tokens, regroup, split_tokens, take_rows
 
 KeyValue = tuple[Tensor, Tensor]  # of all frames in one block, each (T_k, H, E)
@@ -28,27 +27,37 @@ class FusionConfig:
     depth: int = 0  # blocks; with 0 there is no fusion encoder
     heads: int = 4
     mlp_ratio: float = 4.0
+    norm: Norm = "pre"  # as the text encoder's
+    eps: float = 1e-5  # of LayerNorms
+    activation: Activation = "gelu"
 
 
 class FusionBlock(nn.Module):
-    """Pre-norm: self-attention over the words, cross-attention to the frames, then the MLP."""
+    """Self-attention over the words, cross-attention to the frames, then the MLP.
+
+    With norm="post" it is a layer of BERT, in whose middle the words gain what they read from the frames: where that is
+    nothing, the layer gives what BERT's gives.
+    """
 
     def __init__(self, width: int, video_width: int, config: FusionConfig, impl: str) -> None:
         super().__init__()
         self.heads, self.impl = config.heads, impl
-        self.norm1 = nn.LayerNorm(width)
+        self.post, self.activation = config.norm == "post", ACTIVATIONS[config.activation]
+        self.norm1 = nn.LayerNorm(width, config.eps)
         self.attention = SelfAttention(width, config.heads, impl)
-        self.norm_cross = nn.LayerNorm(width)
+        self.norm_cross = nn.LayerNorm(width, config.eps)
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(video_width, 2 * width)
         self.proj = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width, config.eps)
         self.up = nn.Linear(width, int(config.mlp_ratio * width))
         self.down = nn.Linear(int(config.mlp_ratio * width), width)
 
     def attend(self, words: PackedTokens) -> PackedTokens:
         """The words among themselves: the same for whatever frames they are paired with."""
         x = words.values
+        if self.post:
+            return words.with_values(normed(self.norm1, x + self.attention(words)[0]))
         return words.with_values(x + self.attention(words.with_values(self.norm1(x)))[0])
 
     def project(self, frames: PackedTokens) -> KeyValue:
@@ -87,14 +96,16 @@ class FusionBlock(nn.Module):
             rows = torch.arange(words.rows, device=x.device)
             o = o * (1 + gate.index_select(0, torch.searchsorted(words.cu_seqlens[1:], rows, right=True))).to(o.dtype)
         x = x + self.proj(o)
-        return words.with_values(x + self.down(F.gelu(self.up(self.norm2(x)))))
+        if self.post:
+            return words.with_values(normed(self.norm2, x + self.down(self.activation(self.up(x)))))
+        return words.with_values(x + self.down(self.activation(self.up(self.norm2(x)))))
 
 
 class Fusion(nn.Module):
     def __init__(self, width: int, video_width: int, config: FusionConfig, impl: str = "auto") -> None:
         super().__init__()
         self.blocks = nn.ModuleList(FusionBlock(width, video_width, config, impl) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.Identity() if config.norm == "post" else nn.LayerNorm(width, config.eps)
         init_linear(self)
 
     def project(self, frames: PackedTokens) -> list[KeyValue]:

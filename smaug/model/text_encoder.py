@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from smaug.model.layers import Block, init_linear
+from smaug.model.layers import Activation, Block, Norm, init_linear, normed
 from smaug.tokens import PackedTokens
 
 
@@ -20,7 +21,12 @@ class TextEncoderConfig:
     depth: int = 2
     heads: int = 4
     mlp_ratio: float = 4.0
-    max_words: int = 32  # of a caption, [CLS] included; longer captions are cut
+    max_words: int = 32  # of a caption, [CLS] and [SEP] included; longer captions are cut
+    sep: bool = False  # [SEP] behind each caption, as BERT has learned it; never masked, never dropped
+    norm: Norm = "pre"  # "post" is BERT's: a LayerNorm behind the embeddings too, and none at the end
+    eps: float = 1e-5  # of LayerNorms
+    activation: Activation = "gelu"
+    start: str = ""  # the checkpoint it began from, see smaug/pretrained.py; "": random weights
 
 
 class TextEncoder(nn.Module):
@@ -29,10 +35,13 @@ class TextEncoder(nn.Module):
         self.config = config
         self.word = nn.Embedding(vocabulary, config.width)
         self.position = nn.Parameter(torch.randn(config.max_words, config.width) * 0.02)
+        how: dict[str, Any] = {"norm": config.norm, "eps": config.eps, "activation": config.activation}
         self.blocks = nn.ModuleList(
-            Block(config.width, config.heads, config.mlp_ratio, impl) for _ in range(config.depth)
+            Block(config.width, config.heads, config.mlp_ratio, impl, **how) for _ in range(config.depth)
         )
-        self.norm = nn.LayerNorm(config.width)
+        post = config.norm == "post"
+        self.before = nn.LayerNorm(config.width, config.eps) if post else nn.Identity()
+        self.norm = nn.Identity() if post else nn.LayerNorm(config.width, config.eps)
         init_linear(self)
         nn.init.normal_(self.word.weight, std=0.02)
 
@@ -46,7 +55,7 @@ class TextEncoder(nn.Module):
         kind = x.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        tokens = words.with_values(x)
+        tokens = words.with_values(normed(self.before, x))
         for block in self.blocks:
             tokens = block(tokens)
         tokens = tokens.with_values(self.norm(tokens.values))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from smaug import ops
 from smaug.masks import PRUNE_STREAM, noise
-from smaug.model.layers import Block, init_linear
+from smaug.model.layers import Activation, Block, init_linear, normed
 from smaug.model.position import resample_time
 from smaug.tokens import PackedTokens, cat_tokens, packed_uniform
 
@@ -57,6 +57,11 @@ class VideoEncoderConfig:
     prune: PruneConfig = field(default_factory=PruneConfig)
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels on the 0..1 scale
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    eps: float = 1e-5  # of LayerNorms
+    activation: Activation = "gelu"
+    norm_before: bool = False  # a LayerNorm in front of the blocks, CLIP's
+    relative_position: bool = False  # BEiT's bias by head and pair of patches, in every block
+    start: str = ""  # the checkpoint it began from, see smaug/pretrained.py; "": random weights
 
     @property
     def rows(self) -> int:
@@ -100,6 +105,7 @@ class EncodedVideo:
     # left. Fused tokens are in neither.
     stayed: tuple[Tensor, Tensor]
     left: list[tuple[Tensor, Tensor]]
+    cls: Tensor | None = None  # (S, D), the [CLS] rows of frames before they were normalised
 
 
 class VideoEncoder(nn.Module):
@@ -120,11 +126,16 @@ class VideoEncoder(nn.Module):
         self.position = nn.Parameter(torch.randn(config.patches, width) * 0.02)
         self.time = nn.Parameter(torch.randn(config.times(config.frames), width) * 0.02)
         self.cls = nn.Parameter(torch.randn(1, width) * 0.02)
-        self.blocks = nn.ModuleList(Block(width, config.heads, config.mlp_ratio, impl) for _ in range(config.depth))
-        self.temporal = nn.ModuleList(
-            Block(width, config.heads, config.mlp_ratio, impl) for _ in range(config.temporal_layers)
+        how: dict[str, Any] = {"eps": config.eps, "activation": config.activation}
+        self.before = nn.LayerNorm(width, config.eps) if config.norm_before else nn.Identity()
+        grid = config.rows if config.relative_position else 0
+        self.blocks = nn.ModuleList(
+            Block(width, config.heads, config.mlp_ratio, impl, relative=grid, **how) for _ in range(config.depth)
         )
-        self.norm = nn.LayerNorm(width)
+        self.temporal = nn.ModuleList(
+            Block(width, config.heads, config.mlp_ratio, impl, **how) for _ in range(config.temporal_layers)
+        )
+        self.norm = nn.LayerNorm(width, config.eps)
         init_linear(self)
 
     def embed(self, video: Tensor, ids_keep: Tensor) -> PackedTokens:
@@ -162,6 +173,7 @@ class VideoEncoder(nn.Module):
         configuration asks for random pruning.
         """
         tokens = cat_tokens([self.embed(video, ids_keep) for video, ids_keep in groups])
+        tokens = tokens.with_values(normed(self.before, tokens.values))
         rate = self.config.prune.keep if keep_rate is None else keep_rate
         left: list[tuple[Tensor, Tensor]] = []
         fused = 0
@@ -225,6 +237,7 @@ class VideoEncoder(nn.Module):
                 values = torch.cat([moments.values[:, None], patches, melted], dim=1).flatten(0, 1)
             else:
                 values = values.index_copy(0, tokens.first_rows().long(), moments.values)
+            cls = moments.values
         frames = tokens.with_values(self.norm(values))
         if isinstance(tokens.lengths, int):
             summaries = frames.values.unflatten(0, (-1, tokens.lengths))[:, 0]
@@ -241,7 +254,7 @@ class VideoEncoder(nn.Module):
         stayed = patches, self._apart(tokens.ids, tokens, fused)[1]
         if len(groups) > 1:
             features, frame_ids = [torch.cat(features)], [torch.cat(frame_ids)]
-        return EncodedVideo(features[0], frames, summaries, frame_ids[0], stayed, left)
+        return EncodedVideo(features[0], frames, summaries, frame_ids[0], stayed, left, cls)
 
     @staticmethod
     def _by_group(x: Tensor, sizes: Sequence[tuple[int, int]]) -> Sequence[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -75,7 +75,9 @@ class Answer:
     def heads(self, model: ModelConfig, vocabulary: int) -> nn.Module:
         if self.by == "classifier":
             return Classifier(model.text.width, len(self.answers) or self.top)  # top: before the data has been seen
-        return Speller(model.text.width, model.text.max_words, self.decoder, vocabulary)
+        # From BERT its layers are the fusion encoder's in kind, since it may start from them.
+        layers = replace(model.fusion, depth=self.decoder.depth) if model.text.start else self.decoder
+        return Speller(model.text.width, model.text.max_words, layers, vocabulary)
 
     def __call__(self, heads: nn.Module, seen: Seen) -> Tensor:
         asked = seen.asked

@@ -31,7 +31,7 @@ class Mvm:
         chosen = [self._some(group, seen) for group in seen.removed]
         visible = [seen.video.stayed] + (seen.video.left if self.decoder.decoder_input == "exit" else [])
         masked = [ids.flatten(0, 1) for ids in chosen]
-        rebuilt = heads(visible, torch.cat(masked) if len(masked) > 1 else masked[0])
+        rebuilt = heads(visible, torch.cat(masked) if len(masked) > 1 else masked[0], seen.video.cls)
         total = sum(ids.numel() for ids in chosen)
         losses = []
         # split, not slices: the gradient of a slice is a zero tensor of the whole

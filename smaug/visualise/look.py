@@ -51,11 +51,11 @@ def look(run: Run, clip: VisualGroup, wanted: str, block: int = -1) -> Shown:
     """
     model, recipe, device = run.model.eval(), run.recipe, run.way.device
     video, samples = clip.video.to(device), clip.samples.to(device)
-    config, count, max_words = model.video.config, video.shape[1], model.text.config.max_words
+    config, words_config, count = model.video.config, model.text.config, video.shape[1]
     grid = config.grid(count)
     everything = torch.arange(math.prod(grid), dtype=torch.int32, device=device)[None]
     ids_keep, ids_removed = video_mask(recipe, 0).draw(samples, grid, seed=recipe.seed, epoch=0, impl=model.impl)
-    packed = text.pack(text.encode(run.tokenizer, [wanted], max_words), text.number(run.tokenizer, text.CLS))
+    packed = text.pack_captions(run.tokenizer, [wanted], words_config.max_words, words_config.sep)
     with run.way.autocast():
         whole = model.video([(video, everything)])
         feature, words = model.text(tree_map_only(Tensor, lambda x: x.to(device), packed))
@@ -71,7 +71,7 @@ def look(run: Run, clip: VisualGroup, wanted: str, block: int = -1) -> Shown:
         selected = np.zeros(grid[0], dtype=bool)
         selected[kv_ids[0].cpu().numpy()] = True  # of a single clip: its sequences are numbered like its moments
     if model.fusion is not None:
-        names, cut = words_of(run.tokenizer, wanted, max_words)
+        names, cut = words_of(run.tokenizer, wanted, words_config.max_words - words_config.sep)
         attention = text_to_patches(model.fusion, block, words, whole.frames, kv_ids, gate, names, grid, cut)
     kept = after_pruning(config, whole, count)
 
@@ -155,7 +155,7 @@ def rebuild(
         return None, None
     masked = model.video([(video, ids_keep)], seed=recipe.seed)
     visible = [masked.stayed] + (masked.left if objective.decoder.decoder_input == "exit" else [])
-    pred = decoder(visible, ids_removed.view(config.sequences(count), -1)).float().flatten(0, 1)
+    pred = decoder(visible, ids_removed.view(config.sequences(count), -1), masked.cls).float().flatten(0, 1)
     tube = decoder.tube
     if count == 1:  # an image: the mean over the tube's frames speaks for it, as in `Mvm`
         pred, tube = pred.unflatten(1, (3, tube[0], -1)).mean(2).flatten(1), (1, *tube[1:])

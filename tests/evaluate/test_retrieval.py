@@ -63,7 +63,7 @@ class Planted(nn.Module):
 
         self.video, self.text, self.fusion, self.selector = video, texts_of, None, None
         video.config = VideoEncoderConfig(image_size=8, patch=8, tubelet=1)
-        texts_of.config = SimpleNamespace(max_words=4)
+        texts_of.config = SimpleNamespace(max_words=4, sep=False)
 
 
 def planted(table, captions, frame=0, frames_of=None, subsets=None):

@@ -101,7 +101,7 @@ def test_pruning_and_selection_are_those_of_evaluation(seen, run, clips):
 
 def test_rebuilt_shows_the_decoder(seen, run):
     shown, calls, group = seen
-    ((_, asked), pred), (_, encoded) = calls["mvm"][0], calls["video"][1]
+    ((_, asked, _), pred), (_, encoded) = calls["mvm"][0], calls["video"][1]
     removed = torch.from_numpy(np.flatnonzero(~shown.visible)).int()[None]
     assert torch.equal(asked.view(1, -1), removed)  # all of them, not the share of a training step
 
