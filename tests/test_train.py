@@ -341,7 +341,7 @@ def test_own_videos_and_images(call, own):
     assert "these are training pairs" in out
     result = json.loads(Path("run/result.json").read_text())
     assert result["skipped"] == 2 and result["candidates"] == 22
-    assert [s.split(":")[0] for s in result["evaluation_skipped"]] == ["bad [x].mp4"]
+    assert [s.split(":")[0] for s in result["evaluation_skipped"]] == ["gone[/y].mp4", "bad [x].mp4"]
     assert all(np.isfinite(row["loss"]) for row in rows(Path("run")))
 
     Path("few.csv").write_text("video,caption\nv3.mp4,clip number 3\nv5.mp4,clip number 5\n")
