@@ -24,7 +24,7 @@ from smaug.data.loader import Loader
 from smaug.device import Way, choose
 from smaug.model.model import Model
 from smaug.model.position import more_places, resample_time
-from smaug.objectives.answer import Answer, Speller
+from smaug.objectives.answer import Answer, Classifier, Speller
 from smaug.objectives.mc import Mc
 from smaug.objectives.mlm import Mlm
 from smaug.objectives.vtm import Vtm
@@ -61,7 +61,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} holds no run: there is no {path}")
-    config: dict[str, Any] = json.loads(path.read_text())
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
     missing = [key for key in ("recipe", "fast", "size") if key not in config]
     if missing:
         raise ValueError(
@@ -99,34 +102,51 @@ def with_answers(recipe: Recipe, clips: Clips) -> Recipe:
             said = Counter(sample.answers[0] for sample in clips.samples)
             ranked = sorted(said, key=lambda answer: (-said[answer], answer))[: objective.top]
             answers = read_answers(recipe.data.answers) if recipe.data.answers else ranked
+            if said.keys().isdisjoint(answers):
+                raise ValueError(
+                    f"{recipe.data.answers} has none of the answers of training, such as {ranked[0]!r}; "
+                    "they are compared letter for letter"
+                )
             objectives[name] = replace(objective, answers=tuple(answers))
     return replace(recipe, objectives=objectives)
 
 
-def start_from(model: Model, folder: Path) -> str:
+def start_from(model: Model, made: Recipe, folder: Path) -> str:
     """Loads what fits of another run's newest checkpoint -> a sentence that names what did not, and what stays new.
 
-    The table of times is stretched to the model's moments, that of words' places goes on as `more_places` says. A
-    decoder of answers starts from the fusion encoder, as Singularity's does (Lei et al. 2023, appendix).
+    The table of times is stretched to the model's moments, those of words' places go on as `more_places` says. Classes
+    of answers keep the weights of the same answers. A decoder of answers starts from the fusion encoder, as
+    Singularity's does (Lei et al. 2023, appendix). `made` is the recipe that the model was built from.
     """
     saved, step = checkpoint.load_weights(folder / "checkpoints")
-    for name, head in model.heads.items():
-        if isinstance(head, Speller) and not any(key.startswith(f"heads.{name}.") for key in saved):
-            layers = {k: v for k, v in saved.items() if k.startswith("fusion.")}
-            saved |= {f"heads.{name}.layers.{k.removeprefix('fusion.')}": v for k, v in layers.items()}
-            saved |= {f"heads.{name}.{k}": saved[f"text.{k}"] for k in ("word.weight", "position")}
     own = model.state_dict()
+    before, kept_answers = recipe.from_json(read_config(folder)["recipe"]).objectives, ""
+    for name, head in model.heads.items():
+        at, was, now = f"heads.{name}.", before.get(name), made.objectives[name]
+        if isinstance(head, Speller) and f"{at}word.weight" not in saved:
+            layers = {k: v for k, v in saved.items() if k.startswith("fusion.")}
+            saved |= {f"{at}layers.{k.removeprefix('fusion.')}": v for k, v in layers.items()}
+            saved |= {at + k: saved[f"text.{k}"] for k in ("word.weight", "position")}
+        if isinstance(head, Classifier) and isinstance(now, Answer) and isinstance(was, Answer):
+            kept = {answer: place for place, answer in enumerate(was.answers)}
+            pairs = [(kept[answer], place) for place, answer in enumerate(now.answers) if answer in kept]
+            theirs, ours = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+            for key in (f"{at}scores.weight", f"{at}scores.bias"):
+                if key in saved and saved[key].shape[1:] == own[key].shape[1:]:
+                    saved[key] = own[key].cpu().index_copy(0, ours, saved[key][theirs])
+                    kept_answers = f"; {len(pairs)} of {len(now.answers)} answers are its own"
     if len(saved["video.time"]) != len(own["video.time"]):
         saved["video.time"] = resample_time(saved["video.time"], len(own["video.time"]))
-    if len(saved["text.position"]) != len(own["text.position"]):
-        saved["text.position"] = more_places(saved["text.position"], len(own["text.position"]))
+    for key in ("text.position", *(f"heads.{n}.position" for n, h in model.heads.items() if isinstance(h, Speller))):
+        if len(saved[key]) != len(own[key]):
+            saved[key] = more_places(saved[key], len(own[key]))
     fit = {key: value for key, value in saved.items() if key in own and own[key].shape == value.shape}
     model.load_state_dict(fit, strict=False)
 
     def rooms(keys: Iterable[str]) -> str:
         return ", ".join(sorted({".".join(key.split(".")[: 2 if key.startswith("heads.") else 1]) for key in keys}))
 
-    said = f"{folder}, step {step}: {len(fit)} of {len(own)} tensors"
+    said = f"{folder}, step {step}: {len(fit)} of {len(own)} tensors{kept_answers}"
     if new := rooms(own.keys() - fit.keys()):
         said += f"; new in {new}"
     if unused := rooms(saved.keys() - fit.keys()):

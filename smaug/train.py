@@ -36,6 +36,7 @@ from smaug.data.shapes import DamagedError
 from smaug.data.text import train_tokenizer
 from smaug.evaluate.scores import evaluate, print_result, provenance
 from smaug.model.model import SIZES, Model, ModelConfig
+from smaug.objectives.answer import Answer
 from smaug.objectives.mlm import Mlm
 from smaug.objectives.vtm import Vtm
 from smaug.optim import adamw, learning_rate
@@ -46,6 +47,7 @@ from smaug.run import (
     open_split,
     progress,
     read_config,
+    read_tokenizer,
     refuse,
     reporting,
     start_from,
@@ -106,7 +108,13 @@ def parse(arguments: list[str]) -> tuple[Options, str]:
         default = recipes.load(name, size)
         saved = recipes.from_json(config["recipe"])
         _same_starts(init, saved, starts)
-        default = replace(default, model=begun_from(saved.model, default.model))
+        model = begun_from(saved.model, default.model)
+        # A decoder of answers starts from the fusion encoder, so it has its sizes.
+        objectives = {
+            key: replace(one, decoder=model.fusion) if isinstance(one, Answer) else one
+            for key, one in default.objectives.items()
+        }
+        default = replace(default, model=model, objectives=objectives)
     else:
         default = recipes.load(name, size)
         default = replace(default, model=pretrained.fit(default.model, **starts))
@@ -205,21 +213,11 @@ def run(options: Options, size: str, command: str) -> int:
 
     clips, held_out = (open_split(recipe, split, console, way.device) for split in ("train", "test"))
     tokenizer = _tokenizer(folder, clips, options)
-    init = options.init
+    init = options.init.resolve() if options.init else None  # a run may be resumed from another folder
     if options.resume:
         init = read_config(folder).get("init")
     else:
         recipe = with_answers(recipe, clips)
-        config = {
-            "init": str(init) if init else None,
-            "size": size,
-            "fast": options.fast,
-            "command": command,
-            "machine": device.describe(way.device),
-            "smaug": smaug.__version__,
-            "recipe": recipes.to_json(recipe),
-        }
-        write(folder / "config.json", json.dumps(config, indent=2))
 
     torch.manual_seed(recipe.seed)  # again, so that the weights do not depend on what came before
     model = build(recipe, tokenizer.get_vocab_size(), way.impl).to(way.device)
@@ -239,7 +237,18 @@ def run(options: Options, size: str, command: str) -> int:
     if state is None and not init:
         pretrained.load_weights(model, recipe.model)
     if init and not totals["step"]:
-        console.print(f"init       {start_from(model, Path(init))}", highlight=False, soft_wrap=True)
+        console.print(f"init       {start_from(model, recipe, Path(init))}", highlight=False, soft_wrap=True)
+    if not options.resume:  # written when all that is read has been read, since with it a folder holds a run
+        config = {
+            "init": str(init) if init else None,
+            "size": size,
+            "fast": options.fast,
+            "command": command,
+            "machine": device.describe(way.device),
+            "smaug": smaug.__version__,
+            "recipe": recipes.to_json(recipe),
+        }
+        write(folder / "config.json", json.dumps(config, indent=2))
 
     loader = open_loader(recipe, clips, tokenizer)
     if loader.size < recipe.data.batch:
@@ -292,9 +301,9 @@ def _tokenizer(folder: Path, clips: Clips, options: Options) -> Tokenizer:
     """The run's own: that of the run or the checkpoint it starts from, or trained on its texts when it started."""
     path = folder / "tokenizer.json"
     if options.resume and path.exists():
-        return Tokenizer.from_file(str(path))
+        return read_tokenizer(folder)
     if options.init:
-        tokenizer = Tokenizer.from_file(str(options.init / "tokenizer.json"))
+        tokenizer = read_tokenizer(options.init)
     elif options.recipe.model.text.start:
         tokenizer = pretrained.load_tokenizer(options.recipe.model.text.start)
     else:

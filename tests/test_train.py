@@ -430,6 +430,21 @@ def test_what_a_run_cannot_begin_from(call, undisturbed, tmp_path):
     ):
         code, _, err = call(train.main, *begin)
         assert code == 1 and what in err
+    (tmp_path / "begun").mkdir()
+    for file, what in (
+        ("config.json", "begun has no tokenizer"),
+        ("tokenizer.json", "begun/checkpoints has no checkpoint to start from"),
+    ):
+        shutil.copy(undisturbed / file, tmp_path / "begun")
+        code, _, err = call(train.main, "qa", "--init", "begun", *QUESTIONS, "--run-dir", "new")
+        assert code == 1 and what in err and not (tmp_path / "new/config.json").exists()
+    (tmp_path / "answers.txt").write_text("Red\nBlue\n")
+    code, _, err = call(
+        train.main, "qa", "--init", undisturbed, *QUESTIONS, "--data.answers", "answers.txt", "--run-dir", "new"
+    )
+    assert code == 1 and "answers.txt has none of the answers of training" in err
+    code, _, err = call(evaluate.main, undisturbed, "--answers", "answers.txt")
+    assert code == 1 and "--answers would change nothing: this evaluates the task retrieval" in err
     code, _, err = call(evaluate.main, undisturbed, "--task", "qa")
     assert code == 1 and "the objective answer or mlm; this model was trained without either" in err
     code, _, err = call(evaluate.main, undisturbed, "--task", "mc")

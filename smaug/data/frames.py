@@ -182,6 +182,6 @@ def draw_crop(rng: np.random.Generator, area: tuple[float, float]) -> Crop:
 SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 
-def tells_sides(captions: Sequence[str]) -> bool:
-    """Whether a caption says left or right, so that a flipped picture would make it untrue."""
-    return any(SIDES.search(caption) for caption in captions)
+def tells_sides(texts: Sequence[str]) -> bool:
+    """Whether a caption or an answer says left or right, so that a flipped picture would make it untrue."""
+    return any(SIDES.search(text) for text in texts)

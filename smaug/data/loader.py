@@ -270,9 +270,9 @@ class Loader:
         if not self.clips.augmented:
             return pick, None, False
         crop = draw_crop(rng, self.config.crop) if self.config.crop is not None else None
-        flip = self.config.flip == "always" or (
-            self.config.flip == "auto" and not tells_sides(self.clips.samples[number].captions)
-        )
+        asked = self.clips.samples[number]
+        said = (*asked.captions, *asked.answers, *asked.options)
+        flip = self.config.flip == "always" or (self.config.flip == "auto" and not tells_sides(said))
         return pick, crop, flip and rng.random() < 0.5
 
     def ahead(self, first: int, last: int) -> Generator[Batch, None, None]:

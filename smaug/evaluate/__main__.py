@@ -32,7 +32,7 @@ from smaug.run import load_run, open_split, refuse, reporting, write
 @dataclass(frozen=True)
 class Options:
     run: Annotated[Path, tyro.conf.Positional]  # folder of a run
-    task: Task | None = None  # default: the recipe's; of another one the scores are zero-shot
+    task: Task | None = None  # default: the recipe's; for another one the model was not trained
     frames: int | None = None  # of each clip; default: the recipe's, else as many as in training
     ensemble: Ensemble = "concat"  # of a clip's frames: fused together, or each scored by itself and then aggregated
     top: int | None = None  # candidates of the dual encoder that the match head ranks again; default: the recipe's
@@ -43,7 +43,7 @@ class Options:
     manifest: tuple[Path, ...] = ()  # evaluate on these pairs, what --data.manifest takes; default: the run's own
     format: Format | None = None  # they are annotation files of this data set
     root: Path | None = None  # folder that their paths start from; default: the manifest's own
-    answers: Path | None = None  # the closed list of open questions, for a model that was not trained on one
+    answers: Path | None = None  # the closed list of open questions; a classifier has its own
     max_bad: float | None = None  # share of unusable files above which it stops; default: the run's
     split: Literal["val", "test"] = "test"  # of the embedded data set
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -60,6 +60,11 @@ def main() -> int:
                 raise ValueError(f"--{name} must be at least 1")
         run = load_run(options.run, options.device)
         recipe = on_other_data(run.recipe, options)
+        others = {"--answers": options.answers} if recipe.task != "qa" else {}
+        if recipe.task != "retrieval":
+            others |= {"--top": options.top, "--dual-softmax": options.dual_softmax}
+        if named := [flag for flag, value in others.items() if value]:
+            raise ValueError(f"{' and '.join(named)} would change nothing: this evaluates the task {recipe.task}")
         clips = open_split(recipe, options.split, console, run.way.device)
         how = How(
             options.frames,

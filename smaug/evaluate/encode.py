@@ -18,6 +18,7 @@ from smaug.data.loader import middle_frames
 from smaug.data.manifest import Skip
 from smaug.evaluate.ensemble import Ensemble
 from smaug.model.model import Model
+from smaug.model.text_encoder import TextEncoderConfig
 from smaug.model.video_encoder import EncodedVideo, VideoEncoderConfig
 from smaug.tokens import PackedTokens, cat_tokens
 
@@ -175,5 +176,10 @@ def encode_texts(
         some, read = model.text(tree_map_only(Tensor, lambda t: t.to(device), packed))
         features.append(some)
         encoded += [read] if tokens else []
-    cut = sum(n + config.sep > config.max_words for n in text.lengths(tokenizer, captions))
+    cut = texts_cut(tokenizer, captions, config)
     return EncodedTexts(torch.cat(features), cat_tokens(encoded) if tokens else None, cut)
+
+
+def texts_cut(tokenizer: Tokenizer, texts: Sequence[str], config: TextEncoderConfig) -> int:
+    """How many are longer than the model reads."""
+    return sum(n + config.sep > config.max_words for n in text.lengths(tokenizer, texts))

@@ -1,7 +1,8 @@
 """Questions: accuracy on multiple choice and on open-ended ones, each clip encoded once for all that is asked of it.
 
-Right is what equals one of the answers, letter for letter. An answer that the closed list lacks can never be given; it
-counts as an error, and the share of questions that the list has an answer to is printed beside the score.
+Right is what equals one of the answers, letter for letter, and a tie is lost. An answer that the closed list lacks can
+never be given; it counts as an error, and the share of questions that the list has an answer to is printed beside the
+score.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def by_type(hits: Sequence[float], samples: Sequence[Sample]) -> dict[str, float
         group = sample.type.partition("/")[0]
         for name in dict.fromkeys(name for name in (group, sample.type) if name):
             groups.setdefault(f"acc_{name}", []).append(hit)
-    return {name: sum(several) / len(several) for name, several in groups.items() if several}
+    return {name: sum(several) / len(several) for name, several in sorted(groups.items()) if several}
 
 
 def priors(samples: Sequence[Sample]) -> dict[str, float]:
@@ -113,6 +114,8 @@ def answer_questions(
         if report is not None:
             report("questions answered", len(numbers), len(clips))
     check_share(skipped, len(first), max_bad, clips.decoder.name)
+    if not given:
+        raise ValueError(f"none of the {len(first)} clips of {clips.name} can be read; the first: {skipped[0].reason}")
     return Answers([clips.samples[number] for number in numbers], numbers, given, skipped)
 
 
@@ -188,10 +191,13 @@ def _choose(asker: _Asker, samples: Sequence[Sample]) -> list[str]:
         dual = heads.scores(features, asker.block.features).view(len(samples), count, -1)
         scores = scores + dual[torch.arange(len(samples), device=dual.device), :, asker.own]
     right = torch.tensor([[o in s.answers for o in s.options] for s in samples], device=scores.device)
-    others = scores.masked_fill(right, float("-inf"))
-    won = scores.masked_fill(~right, float("-inf")).amax(1) > others.amax(1)  # a tie or a NaN is a loss
-    best = torch.where(won, right.int().argmax(1), others.argmax(1)).tolist()
-    return [sample.options[i] for sample, i in zip(samples, best, strict=True)]
+    return [sample.options[i] for sample, i in zip(samples, _best(scores, right), strict=True)]
+
+
+def _best(scores: Tensor, right: Tensor) -> list[int]:
+    """(n, choices) both -> of each row the number of its best score; a tie with what is not right, or a NaN, loses."""
+    own, others = (scores.masked_fill(hidden, float("-inf")) for hidden in (~right, right))
+    return torch.where(own.amax(1) > others.amax(1), own.argmax(1), others.argmax(1)).tolist()
 
 
 def _answer(asker: _Asker, samples: Sequence[Sample], answers: Sequence[str]) -> list[str]:
@@ -210,10 +216,14 @@ def _answer(asker: _Asker, samples: Sequence[Sample], answers: Sequence[str]) ->
             asker.encode(questions), "all", lambda fused: spell_answers(head, asker.tokenizer, fused, spelled)
         )
     elif isinstance(head, MlmHead):
-        scores = _fill_in(asker, head, questions, asker.encode(answers))
+        scores = _fill_in(asker, head, questions, asker.encode(answers, room=1))  # of the question one word at least
     else:
         raise ValueError("open questions need the objective answer or mlm; this model was trained without either")
-    return [answers[i] for i in scores.argmax(1).tolist()]
+    place = {answer: i for i, answer in enumerate(answers)}
+    known = [(i, place[answer]) for i, s in enumerate(samples) for answer in s.answers if answer in place]
+    right = torch.zeros_like(scores, dtype=torch.bool)
+    right[tuple(torch.tensor(known, dtype=torch.int64, device=scores.device).view(-1, 2).unbind(1))] = True
+    return [answers[i] for i in _best(scores, right)]
 
 
 def _fill_in(asker: _Asker, head: MlmHead, questions: Sequence[str], answers: Sequence[list[int]]) -> Tensor:

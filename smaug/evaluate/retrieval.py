@@ -59,8 +59,8 @@ def retrieval(
     `sparse` no patch is pruned and every frame is fused. `dual_softmax` adds t2v_r1_dsl ... beside the others, see
     `with_dual_softmax`. `batch` clips are encoded, and their keys and values held, at once.
     """
-    heads = model.heads["vtc"]
-    if not isinstance(heads, VtcHeads):
+    heads = next((head for head in model.heads.values() if isinstance(head, VtcHeads)), None)
+    if heads is None:
         raise ValueError("retrieval needs the vtc objective; this model was trained without it")
     two_stages = has_match_head(model)
     if ensemble != "concat" and not two_stages:

@@ -16,7 +16,7 @@ from smaug.data.annotations import CAPTIONS
 from smaug.data.clips import Clips, DataConfig
 from smaug.data.source import source_name
 from smaug.device import Way
-from smaug.evaluate.encode import BATCH, Report, look
+from smaug.evaluate.encode import BATCH, Report, look, texts_cut
 from smaug.evaluate.ensemble import Ensemble
 from smaug.evaluate.match import has_match_head
 from smaug.evaluate.questions import Answers, answer_questions, priors
@@ -110,7 +110,10 @@ def score_questions(
 ) -> dict[str, Any]:
     """acc and acc_{type}, the closed list's ceiling, and the prior; with `how.controls` the same with the frames in a
     random order and of the text alone."""
-    answers = next((o.answers for o in recipe.objectives.values() if isinstance(o, Answer)), how.answers)
+    trained = next((o for o in recipe.objectives.values() if isinstance(o, Answer)), None)
+    if how.answers and trained and trained.by == "classifier":
+        raise ValueError("--answers cannot replace the list that this model has classes for; leave it out")
+    answers = how.answers or (trained.answers if trained else ())
     frames = frames_of(recipe, how)
 
     def score(shuffle: bool, blind: bool = False) -> Answers:
@@ -136,19 +139,35 @@ def score_questions(
     if recipe.task == "qa":
         known = set(answers)
         result["ceiling"] = sum(not known.isdisjoint(s.answers) for s in plain.samples) / len(plain.samples)
-        what = f"the best of {len(answers)} answers, exact match; one that is not among them is an error"
-    left_out = [*clips.skipped, *plain.skipped]
-    missing = f" ({len(left_out)} of the set are missing)" if left_out else ""
+        by = f"a {trained.by}" if trained else "masked words, without training on questions"
+        what = f"the best of {len(answers)} answers by {by}, exact match; one that is not among them is an error"
+    texts = [text for s in plain.samples for text in (s.options or s.captions)]
+    cut = texts_cut(tokenizer, texts, model.text.config)
+    lost = len(clips.skipped) + len(clips) - len(plain.samples)
+    words = [
+        f"{len(plain.samples)} questions{f' ({lost} of the set are missing)' if lost else ''}, {frames} frames",
+        f"{fused_how(recipe, how, 'scores')}; {what}",
+    ]
+    if cut:
+        words += [f"{cut} texts cut to {recipe.model.text.max_words} word pieces"]
     return {
         **result,
         "task": recipe.task,
-        "protocol": f"{len(plain.samples)} questions{missing}, {frames} frames, {how.ensemble}; {what}",
-        "evaluation_skipped": [f"{s.name}: {s.reason}" for s in left_out],
+        "captions": len(texts),
+        "captions_cut": cut,
+        "protocol": "; ".join([*words, "ties and NaN count against the model"]),
+        "evaluation_skipped": [f"{s.name}: {s.reason}" for s in [*clips.skipped, *plain.skipped]],
     }
 
 
 def frames_of(recipe: Recipe, how: How) -> int:
     return how.frames or recipe.eval_frames or recipe.model.video.frames
+
+
+def fused_how(recipe: Recipe, how: How, scores: str) -> str:
+    keep = recipe.model.selector.keep
+    which = f"the {keep} frames that the text selects" if keep else "all frames"
+    return f"{which}, {'fused together' if how.ensemble == 'concat' else f'{how.ensemble} of their {scores}'}"
 
 
 def protocol(model: Model, recipe: Recipe, how: How, found: Retrieval, top: int, left_out: int) -> str:
@@ -164,9 +183,7 @@ def protocol(model: Model, recipe: Recipe, how: How, found: Retrieval, top: int,
         f"{frames} frame{'s' * (frames > 1)} of a clip, their mean for the dual encoder",
     ]
     if has_match_head(model):
-        keep = recipe.model.selector.keep
-        which = f"the {keep} frames that the text selects" if keep else "all frames"
-        fused = f"{which}, {'fused together' if how.ensemble == 'concat' else how.ensemble + ' of their match logits'}"
+        fused = fused_how(recipe, how, "match logits")
         words += [f"the dual encoder's best {top} ranked again by dual + match logit, others behind; {fused}"]
     else:
         words += ["ranked by the dual encoder"]
@@ -191,14 +208,15 @@ def split_of(data: DataConfig, split: str) -> str:
 def provenance(trained: DataConfig, evaluated: DataConfig) -> dict[str, Any]:
     """`trained_on`, and `zero_shot`: whether the model has seen nothing of the data set it is evaluated on.
 
-    Two data sets are one if their formats are, or, where one of them has none, if a folder of their files is.
+    Two data sets are one if their formats are, as msrvtt and msrvtt_mc are, whose videos are the same; or, where one of
+    them has no format, if a folder of their files is.
     """
 
     def folders(data: DataConfig, paths: Sequence[Path]) -> set[Path | str]:
         return {(data.root or path.parent).resolve() for path in paths} or {"shapes"}
 
     if trained.format and evaluated.format:
-        same = trained.format == evaluated.format
+        same = trained.format.partition("_")[0] == evaluated.format.partition("_")[0]
     else:
         seen = folders(trained, trained.manifest)
         same = not seen.isdisjoint(folders(evaluated, evaluated.eval_manifest or evaluated.manifest))
@@ -213,7 +231,8 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
 def _questions_table(result: dict[str, Any]) -> Table:
     kind = "multiple choice" if result["task"] == "mc" else "open questions"
     count, frames = result["questions"], result["frames"]
-    table = Table(title=f"{kind} on {result['evaluated_on']}, {count:.0f} questions, {frames} frames")
+    zero_shot = ", zero-shot" if result.get("zero_shot") else ""
+    table = Table(title=f"{kind} on {result['evaluated_on']}, {count:.0f} questions, {frames} frames{zero_shot}")
     for column in ("", "accuracy", "frames shuffled", "text alone", "prior"):
         table.add_column(column, justify="right")
     ends = ("_shuffled", "_text_only", "_prior")
@@ -222,6 +241,7 @@ def _questions_table(result: dict[str, Any]) -> Table:
         table.add_row(name, *(f"{result[key + end]:.1%}" if key + end in result else "" for end in ("", *ends)))
     if "ceiling" in result:
         table.add_row("answers in the list", f"{result['ceiling']:.1%}", "", "", "")
+    table.caption = _cut(result)
     return table
 
 
@@ -246,12 +266,17 @@ def _retrieval_table(result: dict[str, Any]) -> Table:
     for key, name in notes.items():
         if key in result:
             table.add_row(name, f"{result[key]:.1%}", "", "", "", "")
-    if result["captions_cut"]:
-        table.caption = (
-            f"{result['captions_cut']} of {result['captions']} texts are longer than the model reads and were cut; "
-            "it can be fine-tuned on longer ones (--model.text.max-words)"
-        )
+    table.caption = _cut(result)
     return table
+
+
+def _cut(result: dict[str, Any]) -> str | None:
+    if not result["captions_cut"]:
+        return None
+    return (
+        f"{result['captions_cut']} of {result['captions']} texts are longer than the model reads and were cut; "
+        "it can be fine-tuned on longer ones (--model.text.max-words)"
+    )
 
 
 def _print_cost(console: Console, result: dict[str, Any]) -> None:

@@ -136,6 +136,8 @@ def test_crops_and_flips_are_drawn_for_seed_epoch_and_sample(mixed, monkeypatch)
     sided = replace(mixed, samples=[replace(s, captions=("to the left", "x")) for s in mixed.samples])
     assert not any(loader(sided, flip="auto")._view(n, e)[2] for n in range(13) for e in range(4))
     assert any(loader(mixed, flip="auto")._view(n, e)[2] for n in range(13) for e in range(4))
+    turns = replace(mixed, samples=[replace(s, answers=("to the left",)) for s in mixed.samples])
+    assert not any(loader(turns, flip="auto")._view(n, e)[2] for n in range(13) for e in range(4))
     plain = loader(mixed, crop=None, flip="never")._view(0, 0)
     assert plain[1:] == (None, False)
     # which frames are seen does not depend on how they are cropped

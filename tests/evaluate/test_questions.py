@@ -118,6 +118,40 @@ def test_a_tie_between_options_is_lost_and_blindness_is_blind(clips):
     assert blind[::2] == blind[1::2] and seen != blind
 
 
+def test_a_tie_between_answers_is_lost(clips):
+    made, model, tokenizer = small("qa", clips["qa"])
+    for value in (0.0, float("nan")):
+        for parameter in model.heads["answer"].parameters():
+            torch.nn.init.constant_(parameter, value)
+        answers = made.objectives["answer"].answers
+        assert answer_questions(model, clips["qa"], tokenizer, answers, Look(16), max_bad=0.1).scores()["acc"] == 0
+    _, model, tokenizer = small("qa", clips["qa"], answer=Answer(by="decoder"))
+    alike = sorted({s.answers[0] for s in clips["qa"].samples})
+    alike += [answer.upper() for answer in alike]  # which the tokenizer cannot tell from the others
+    assert answer_questions(model, clips["qa"], tokenizer, alike, Look(16), max_bad=0.1).scores()["acc"] == 0
+
+
+def test_an_answer_as_long_as_a_text_may_be(clips):
+    _, model, tokenizer = small("qa", clips["qa"], answer=Mlm())
+    long = ("red", "red blue " * 40)
+    assert set(answer_questions(model, clips["qa"], tokenizer, long, Look(16), max_bad=0.1).given) <= set(long)
+
+
+def test_what_is_lost_is_told(clips):
+    made, model, tokenizer = small("mc", clips["mc"])
+    gone = replace(
+        clips["mc"], frames=None, places=None, samples=[replace(s, path="x.webm") for s in clips["mc"].samples]
+    )
+    with pytest.raises(ValueError, match="none of the 1 clips of shapes test can be read; the first: file not found"):
+        answer_questions(model, gone, tokenizer, (), Look(16), max_bad=1)
+    long = [replace(s, options=(*s.options[:4], s.options[4] + " red" * 40)) for s in clips["mc"].samples]
+    result = evaluate(
+        model, made, replace(clips["mc"], samples=long), tokenizer, choose(False), how=How(controls=False)
+    )
+    assert (result["captions_cut"], result["captions"]) == (16, 80)
+    assert "16 texts cut to 32 word pieces; ties" in result["protocol"]
+
+
 def test_a_pre_trained_model_chooses_without_training(clips):
     """By the match and the dual logit: as in the second stage of retrieval."""
     made, model, tokenizer = small("dense", clips["mc"])
@@ -138,6 +172,8 @@ def test_a_result_says_what_it_is(clips):
     result = evaluate(model, made, clips["qa"], tokenizer, choose(False), how=How(ensemble="mean"))
     assert {"acc", "acc_shuffled", "acc_text_only", "acc_prior", "acc_order", "ceiling", "questions"} <= set(result)
     assert "mean" in result["protocol"] and "exact match" in result["protocol"] and result["task"] == "qa"
+    with pytest.raises(ValueError, match="cannot replace the list"):
+        evaluate(model, made, clips["qa"], tokenizer, choose(False), how=How(answers=("red",)))
     few = replace(made, objectives={"answer": replace(made.objectives["answer"], answers=("red", "blue"))})
     model = build(few, tokenizer.get_vocab_size(), "auto")
     result = evaluate(model, few, clips["qa"], tokenizer, choose(False), how=How(controls=False))

@@ -178,6 +178,9 @@ def test_a_model_without_contrast_is_refused():
     model.heads["vtc"] = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="needs the vtc objective"):
         retrieval(model, clips, tokenizer, frames=1, max_bad=0.05)
+    del model.heads["vtc"]
+    with pytest.raises(ValueError, match="needs the vtc objective"):
+        retrieval(model, clips, tokenizer, frames=1, max_bad=0.05)
 
 
 SMALL_VIDEO = VideoEncoderConfig(
@@ -414,6 +417,7 @@ def test_zero_shot_is_another_data_set():
     msrvtt, mine = data("a/MSRVTT_train.9k.csv", format="msrvtt"), data("mine/train.csv")
     assert not zero_shot(DataConfig(), DataConfig()) and not zero_shot(msrvtt, msrvtt)
     assert not zero_shot(msrvtt, data("b/MSRVTT_JSFUSION_test.csv", format="msrvtt"))
+    assert not zero_shot(msrvtt, data("c/mc_test.json", format="msrvtt_mc"))  # the same videos
     assert zero_shot(data("a/webvid.csv", format="webvid"), msrvtt) and zero_shot(DataConfig(), msrvtt)
     assert not zero_shot(mine, data("mine/train.csv", eval=["mine/test.csv"]))
     assert zero_shot(mine, data("mine/train.csv", eval=["other/test.csv"]))
