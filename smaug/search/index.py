@@ -217,14 +217,13 @@ def index(options: IndexOptions, console: Console) -> int:
 
 def _open(out: Path, made: Made, fresh: bool) -> Made:
     """The index as it is there, if it was made with the same model and windows of the same folder; else a new one."""
-    if not (out / "index.json").exists():
-        if any(not path.name.startswith(".") for path in out.iterdir()) and not list(out.glob("files-*.jsonl")):
-            raise ValueError(f"{out} is not empty, and holds no index; choose another --out")
-        store.new(out, made)
-        return made
-    if fresh:
-        with contextlib.suppress(ValueError):  # damaged, or of another version
+    if fresh or not (out / "index.json").exists():
+        try:
             made = replace(made, generation=store.read_made(out).generation + 1)
+        except ValueError:  # there is none, or it is damaged, or of another version
+            names = [path.name for path in out.iterdir() if not path.name.startswith(".")]
+            if not all(map(store.OWN.fullmatch, names)):  # what a new index finds is deleted
+                raise ValueError(f"{out} is not empty, and holds no index; choose another --out") from None
         store.new(out, made)
         return made
     there = store.read_made(out)
@@ -233,13 +232,25 @@ def _open(out: Path, made: Made, fresh: bool) -> Made:
             f"{out} was made with {there.run} at step {there.step}, and vectors of two models cannot be compared; "
             "choose another --out, or --fresh to embed all again"
         )
-    for what, old, new in (("folder", there.folder, made.folder), ("--window", there.window, made.window)):
+    known = made.folder if _moved(out, there, Path(made.folder)) else there.folder
+    for what, old, new in (("folder", known, made.folder), ("--window", there.window, made.window)):
         if old != new:
             raise ValueError(f"{out} has {what} {old}, not {new}; choose another --out, or --fresh to embed all again")
-    if there.run != made.run:  # it was moved
-        there = replace(there, run=made.run)
+    if (there.run, there.folder) != (made.run, made.folder):  # moved
+        there = replace(there, run=made.run, folder=made.folder)
         store.write_made(out, there)
     return there
+
+
+def _moved(out: Path, there: Made, folder: Path) -> bool:
+    """Whether this is the folder of an index, which is no more where it was: a file of it is here, as it was."""
+    if (was := Path(there.folder)).exists():
+        return was.resolve() == folder  # a link is left there
+    for name, entry in store.read_entries(out, there)[0].items():
+        with contextlib.suppress(OSError):
+            if entry.is_of((folder / name).stat()):
+                return True
+    return False
 
 
 def embed_folder(
@@ -352,8 +363,10 @@ def _compare(options: IndexOptions, folder: Path, writer: store.Writer) -> tuple
         except OSError:  # it went away this moment
             continue
         present.add(sample.name)
+        own = "" if real == path else str(real)
         entry = writer.entries.get(sample.name)
-        if entry is None or not entry.is_of(found):
+        # Of the same content behind another link the index has another entry, or the page would refuse it for ever.
+        if entry is None or not entry.is_of(found) or entry.real != own:
             new, changed = new + (entry is None), changed + (entry is not None)
             entry = None
         elif entry.reason and not options.retry_bad:
@@ -365,10 +378,7 @@ def _compare(options: IndexOptions, folder: Path, writer: store.Writer) -> tuple
         else:
             begun += 1
         at = 0 if entry is None or entry.reason else len(entry.windows)
-        entry = Entry(
-            sample.name, found.st_size, found.st_mtime_ns, sample.kind, real="" if real == path else str(real)
-        )
-        todo.append(File(entry, path, at))
+        todo.append(File(Entry(sample.name, found.st_size, found.st_mtime_ns, sample.kind, real=own), path, at))
     gone = [name for name in writer.entries if name not in present]
     for name in gone:
         writer.gone(name)

@@ -13,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from smaug.data.journal import one_line
+from smaug.data.manifest import clean
 from smaug.data.media import printable
+from smaug.data.text import UNK
 from smaug.embed import embed_texts
 from smaug.run import Run, load_run
 from smaug.search import store
@@ -133,11 +135,14 @@ def query(options: QueryOptions, console: Console) -> int:
     index = open_index(options.index)
     run = open_run(options.index, index.made, options.model, options.device)
     vector = embed_texts(run, [options.text])[0].cpu().numpy()
-    hits = search(index, vector, options.top, options.all_windows)
+    hits, unknown = search(index, vector, options.top, options.all_windows), unknown_words(run, options.text)
     if options.json:
         rows = [asdict(hit) | {"file": printable(hit.file)} for hit in hits]
-        print(json.dumps({"text": options.text, "folder": printable(index.made.folder), "hits": rows}))
+        folder = printable(index.made.folder)
+        print(json.dumps({"text": options.text, "folder": folder, "unknown": unknown, "hits": rows}))
         return 0
+    if unknown:
+        console.print(f"note: the model does not know {one_line(', '.join(unknown))}", highlight=False, soft_wrap=True)
     table = Table("", "score", "time", "file", box=None, pad_edge=False)
     for number, hit in enumerate(hits, 1):
         table.add_row(str(number), f"{hit.score:.3f}", span(hit), one_line(hit.file))
@@ -150,6 +155,15 @@ def check_text(text: str) -> None:
         raise ValueError("the text is empty; describe what is to be seen")
     if len(text) > MAX_TEXT:
         raise ValueError(f"the text has {len(text)} characters; a query has at most {MAX_TEXT}")
+    if clean([text]) != [text.strip()]:
+        raise ValueError("the text is not UTF-8")
+
+
+def unknown_words(run: Run, text: str) -> list[str]:
+    """What the model reads as [UNK]; a search for nothing but that has the same hits whatever it is."""
+    found = run.tokenizer.encode(text, add_special_tokens=False)
+    words = [text[a:b] for token, (a, b) in zip(found.tokens, found.offsets, strict=True) if token == UNK]
+    return list(dict.fromkeys(words)) if found.tokens else [text]
 
 
 def span(hit: Hit) -> str:

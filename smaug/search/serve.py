@@ -41,7 +41,7 @@ from smaug.data.journal import one_line
 from smaug.data.media import printable
 from smaug.embed import embed_texts
 from smaug.run import Run
-from smaug.search.query import Hit, Index, check_text, open_index, open_run, search, span
+from smaug.search.query import Hit, Index, check_text, open_index, open_run, search, span, unknown_words
 from smaug.search.store import Entry
 
 TOP = 24  # hits on the page
@@ -105,6 +105,12 @@ def serve(options: ServeOptions, console: Console) -> int:
         if not ipaddress.ip_address(host).is_loopback:
             console.print(
                 f"warning    {host} can be reached from other machines: whoever reaches port {port} sees these videos",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+        if not Path(index.made.folder).is_dir():
+            console.print(
+                f"warning    {one_line(index.made.folder)} is not there, so nothing can be played; "
+                f"if it was moved, `index` it where it is, with --out {options.index}",
                 highlight=False, soft_wrap=True,
             )  # fmt: skip
         shown = f"[{host}]" if ":" in host else host
@@ -196,7 +202,8 @@ def make_app(index: Index, run: Run, host: str) -> Callable[..., Any]:
             except ValueError as error:
                 raise Refused(400, str(error)) from None
             rows = [_shown(hit) for hit in hits(text.strip(), request.args.get("windows") == "1")]
-            return Response(json.dumps({"hits": rows}), content_type="application/json")
+            found = {"hits": rows, "unknown": unknown_words(run, text.strip())}
+            return Response(json.dumps(found), content_type="application/json")
         what, _, number = request.path[1:].partition("/")
         if what not in ("file", "thumbnail", "preview") or not re.fullmatch("[0-9]{1,12}", number):
             raise Refused(404, "there is nothing here")
@@ -220,6 +227,11 @@ def make_app(index: Index, run: Run, host: str) -> Callable[..., Any]:
         response.call_on_close(file.close)
         response.content_length = found.st_size
         response.set_etag(f"{found.st_mtime_ns:x}-{found.st_size:x}")
+        # A server may ignore a range, and must where the unit is another; werkzeug would answer 416, as it would to the
+        # last megabyte of a smaller file.
+        asked = request.range
+        if asked is None or asked.units != "bytes" or len(asked.ranges) > 1 or asked.ranges[0][0] < -found.st_size:
+            request.environ.pop("HTTP_RANGE", None)
         try:
             return response.make_conditional(request.environ, accept_ranges=True, complete_length=found.st_size)
         except RequestedRangeNotSatisfiable:

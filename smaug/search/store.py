@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +30,8 @@ VERSION = 1  # raise it whenever the same video would give other vectors or anot
 APPROXIMATE = 500_000
 SEARCHED = 8  # one of so many cells is searched for a query
 WASTE = 0.2  # share of rows that belong to no file, or are in no cell, above which all is written or sorted anew
+
+OWN = re.compile(r"index\.json|bad\.txt|files-\d+\.jsonl|vectors-\d+\.f32|ivf-\d+\.faiss")  # names in an index
 
 Window = tuple[float, float]  # seconds from the first frame
 
@@ -244,7 +247,7 @@ def write_made(index: Path, made: Made) -> None:
 def _remove(index: Path, which: Callable[[int], bool]) -> None:
     for pattern in ("vectors-*.f32", "files-*.jsonl", "ivf-*.faiss"):
         for path in index.glob(pattern):
-            if which(int(path.stem.rpartition("-")[2])):
+            if OWN.fullmatch(path.name) and which(int(path.stem.rpartition("-")[2])):
                 path.unlink()
 
 
@@ -264,8 +267,12 @@ def write_whole(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def claimed(index: Path) -> Iterator[None]:
     """The folder, for this process alone."""
-    index.mkdir(parents=True, exist_ok=True)
-    with (index / ".lock").open("w") as lock:
+    try:
+        index.mkdir(parents=True, exist_ok=True)
+        lock = (index / ".lock").open("w")
+    except OSError as error:
+        raise ValueError(f"{index} cannot be written: {error.strerror}; choose another --out") from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

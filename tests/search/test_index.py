@@ -197,9 +197,18 @@ def test_refusals(media, models, tmp_path):
         run_index(media / "nowhere", models, tmp_path)
     with pytest.raises(ValueError, match=r"media is not empty, and holds no index"):
         run_index(media, models, tmp_path, out="media")
+    for name in ("index.json", "files-2024.jsonl", "files-mine.jsonl"):  # names like ours, and something else beside
+        (tmp_path / "own").mkdir(exist_ok=True)
+        (tmp_path / "own" / name).write_text("{}")
+    for fresh in (False, True):
+        with pytest.raises(ValueError, match=r"own was written by another|own is not empty"):
+            run_index(media, models, tmp_path, out="own", fresh=fresh)
+    assert len(list((tmp_path / "own").glob("*.json*"))) == 3 and (tmp_path / "own/index.json").read_text() == "{}"
     (media / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty holds no video or picture"):
         run_index(media / "empty", models, tmp_path, out="third")
+    with pytest.raises(ValueError, match=r"picture.png cannot be written: File exists; choose another --out"):
+        run_index(media, models, tmp_path, out="media/picture.png")
     with store.claimed(tmp_path / "index"), pytest.raises(ValueError, match=r"another process writes"):
         run_index(media, models, tmp_path)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("smaug-read")]
@@ -232,6 +241,27 @@ def test_links(media, models, tmp_path, write_video):
     assert "link.mp4" not in entries and entries["inside.mp4"].real == str(media / "short.mp4")
     *_, entries, _ = run_index(media, models, tmp_path, follow_links=True)
     assert entries["link.mp4"].real == str(tmp_path / "outside.mp4")
+    # the same file, but now behind a link: the page would refuse the old entry
+    (media / "short.mp4").rename(media / "there.mp4")
+    (media / "short.mp4").symlink_to("there.mp4")
+    _, said, entries, _ = run_index(media, models, tmp_path, follow_links=True)
+    assert "1 new files, 2 changed" in said and entries["short.mp4"].real == str(media / "there.mp4")
+
+
+def test_a_folder_that_was_moved(media, models, tmp_path):
+    *_, before = run_index(media, models, tmp_path)
+    (tmp_path / "other").mkdir()
+    shutil.copy(media / "picture.png", tmp_path / "other")
+    media.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"has folder .*media, not .*other"):  # of which it knows nothing
+        run_index(tmp_path / "other", models, tmp_path)
+    for folder in ("moved", "again"):
+        code, said, _, vectors = run_index(tmp_path / folder, models, tmp_path)
+        assert code == 0 and embedded(said) == 0 and np.array_equal(vectors, before)
+        assert store.read_made(tmp_path / "index").folder == str(tmp_path / folder)
+        if folder == "moved":
+            (tmp_path / "moved").rename(tmp_path / "again")
+            (tmp_path / "moved").symlink_to("again")
 
 
 def test_a_file_that_changes_while_it_is_read_is_left_to_the_next_run(media, models, tmp_path, monkeypatch):

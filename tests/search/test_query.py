@@ -126,6 +126,11 @@ def test_the_command(call, indexed, models, tmp_path):
     assert code == 0 and len(found["hits"]) == 8 and found["folder"] == str(indexed)
     assert round(found["hits"][0]["score"], 3) == scores[0]
 
+    code, out, _ = call(search_main.main, "query", "media.search", "a [zebra] jumps zebra")
+    assert code == 0 and "note: the model does not know [, zebra, ]\n" in out
+    code, out, _ = call(search_main.main, "query", "media.search", "\U0001f642", "--json")
+    assert json.loads(out)["unknown"] == ["\U0001f642"]
+
     for arguments, reason in [
         (
             ["nowhere", "a dog"],
@@ -133,6 +138,7 @@ def test_the_command(call, indexed, models, tmp_path):
         ),
         (["media.search", " "], "the text is empty; describe what is to be seen"),
         (["media.search", "x" * 3000], "the text has 3000 characters; a query has at most 2000"),
+        (["media.search", "a \udcff"], "the text is not UTF-8"),
         (["media.search", "a dog", "--top", "0"], "--top is at least 1"),
         (["media.search", "a dog", "--model", models / "b"], "is another model, at step 0; name the right one with"),
         (["media.search", "a dog", "--model", "gone"], "made with the run gone, which is not there; say where it is"),

@@ -67,6 +67,7 @@ def test_a_search(client):
     assert {hit["file"] for hit in hits} == {"short.mp4", "films/long.mp4", "picture.png", "a & <b>.mp4"}
     assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
     assert len(client.get("/search?q=a+dog&windows=1").json["hits"]) == 9
+    assert answer.json["unknown"] == [] and client.get("/search?q=a+zebra").json["unknown"] == ["zebra"]
     for text, reason in [("", "the text is empty"), ("x" * 2001, "2001 characters")]:
         answer = client.get("/search", query_string={"q": text})
         assert answer.status_code == 400 and reason in answer.json["error"]
@@ -82,6 +83,10 @@ def test_a_file_comes_in_ranges(client, rows, served):
         assert part.status_code == 206 and part.data == got
         start = len(data) - 7 if asked == "-7" else int(asked.split("-")[0])
         assert part.headers["Content-Range"] == f"bytes {start}-{start + len(got) - 1}/{len(data)}"
+    # what no range is, or none that is answered, is the whole file
+    for asked in ("bytes=0-1,5-6", "items=0-1", "bytes=5-1", "bytes=x", f"bytes=-{10**9}"):
+        whatever = client.get(address, headers={"Range": asked})
+        assert whatever.status_code == 200 and whatever.data == data, asked
     beyond = client.get(address, headers={"Range": f"bytes={len(data)}-"})
     assert beyond.status_code == 416 and beyond.json["error"] == f"the file has {len(data)} bytes"
     head = client.head(address)

@@ -113,18 +113,19 @@ async function search() {
   say("Searching ...");
   const query = new URLSearchParams({ q: words });
   if (windows.checked) query.set("windows", "1");
-  let hits;
+  let hits, unknown;
   try {
     const answer = await fetch(`search?${query}`);
     const found = await answer.json();
     if (!answer.ok) throw new Error(found.error);
-    hits = found.hits;
+    ({ hits, unknown } = found);
   } catch (error) {
     if (mine === asked) say(error instanceof TypeError ? "The server does not answer; is it still running?" : error.message, true);
     return;
   }
   if (mine !== asked) return;
-  say(hits.length ? `The ${hits.length} best, best first. A score only ranks: something is best even for what no clip shows.` : "Nothing was found.");
+  const note = unknown.length ? ` The model does not know: ${unknown.join(", ")}.` : "";
+  say((hits.length ? `The ${hits.length} best, best first. A score only ranks: something is best even for what no clip shows.` : "Nothing was found.") + note);
   list.replaceChildren(...hits.map((hit, place) => card(hit, place + 1)));
 }
 
