@@ -258,10 +258,10 @@ def _retrieval_table(result: dict[str, Any]) -> Table:
                 ranks = [f"{result[f'{key}_{rank}{suffix}']:.4g}" for rank in ("medr", "meanr")]
                 table.add_row(name + what, *recalls, *ranks)
     notes = {
-        "t2v_r1_dual": "text to video, without the match head",
-        "t2v_r1_dense": "text to video, nothing pruned or left out",
-        "t2v_r1_shuffled": "text to video, frames shuffled",
-        "t2v_r1_new_combinations": "text to video, new combinations",
+        "t2v_r1_dual": "t2v, without the match head",
+        "t2v_r1_dense": "t2v, nothing pruned or left out",
+        "t2v_r1_shuffled": "t2v, frames shuffled",
+        "t2v_r1_new_combinations": "t2v, new combinations",
     }
     for key, name in notes.items():
         if key in result:
