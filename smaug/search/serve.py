@@ -202,8 +202,8 @@ def make_app(index: Index, run: Run, host: str) -> Callable[..., Any]:
             except ValueError as error:
                 raise Refused(400, str(error)) from None
             rows = [_shown(hit) for hit in hits(text.strip(), request.args.get("windows") == "1")]
-            found = {"hits": rows, "unknown": unknown_words(run, text.strip())}
-            return Response(json.dumps(found), content_type="application/json")
+            said = json.dumps({"hits": rows, "unknown": unknown_words(run, text.strip())})
+            return Response(said, content_type="application/json")
         what, _, number = request.path[1:].partition("/")
         if what not in ("file", "thumbnail", "preview") or not re.fullmatch("[0-9]{1,12}", number):
             raise Refused(404, "there is nothing here")
