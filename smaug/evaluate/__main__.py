@@ -60,7 +60,7 @@ def main() -> int:
                 raise ValueError(f"--{name} must be at least 1")
         run = load_run(options.run, options.device)
         recipe = on_other_data(run.recipe, options)
-        others = {"--answers": options.answers} if recipe.task != "qa" else {}
+        others: dict[str, object] = {"--answers": options.answers} if recipe.task != "qa" else {}
         if recipe.task != "retrieval":
             others |= {"--top": options.top, "--dual-softmax": options.dual_softmax}
         if named := [flag for flag, value in others.items() if value]:
