@@ -66,6 +66,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     missing = [key for key in ("recipe", "fast", "size") if key not in config]
+    if missing and "model_type" in config:
+        raise ValueError(f"{folder} holds a model for Hugging Face, not a run; name the run that it was exported from")
     if missing:
         raise ValueError(
             f"{path} lacks {', '.join(missing)}; it was not written by this version of smaug, or is damaged"

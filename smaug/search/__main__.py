@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -31,6 +32,9 @@ def main() -> int:
         if isinstance(options, QueryOptions):
             return query(options, console)
         return serve(options, console)
+    except BrokenPipeError:  # `query --json | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        return 0
     except (ValueError, OSError) as error:
         return refuse(error)
     except KeyboardInterrupt:

@@ -454,7 +454,7 @@ def test_as_a_command(run, other, call, tmp_path, monkeypatch):
         ((unread, "new"), "result.json is damaged"),
         ((run, "out"), "out is there already and not empty"),
         (("nowhere", "new"), "nowhere holds no run"),
-        (("out", "new"), "it was not written by this version of smaug"),
+        (("out", "new"), "holds a model for Hugging Face, not a run"),
         ((broken, "new"), "tokenizer.json is damaged"),
         ((run, "new", "--push", "a b/c"), "Repo id must"),
     ]:
