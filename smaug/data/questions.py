@@ -34,7 +34,9 @@ def question_samples(
 ) -> list[Sample]:
     """Samples of annotation files, for the recipe's task: open-ended (`qa`) or multiple choice (`mc`)."""
     if format not in QUESTIONS:
-        raise ManifestError(f"questions come in the formats {', '.join(QUESTIONS)}: name one by --data.format")
+        raise ManifestError(
+            f"questions come in the formats {', '.join(QUESTIONS)}: name one by --data.format (evaluate: --format)"
+        )
     asked = read_questions(cast(Format, format), files, root, skipped=skipped)
     fit = [q for q in asked if bool(q.options) == (task == "mc")]
     if not fit:

@@ -71,7 +71,10 @@ def priors(samples: Sequence[Sample]) -> dict[str, float]:
     for sample in samples:
         counts.setdefault(sample.type, Counter())[sample.answers[0]] += 1
     likely = {type: max(several.values()) / several.total() for type, several in counts.items()}
-    return by_type([1 / len(s.options) if s.options else likely[s.type] for s in samples], samples)
+    return by_type(
+        [sum(o in s.answers for o in s.options) / len(s.options) if s.options else likely[s.type] for s in samples],
+        samples,
+    )
 
 
 @torch.no_grad()

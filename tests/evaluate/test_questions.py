@@ -57,6 +57,7 @@ def test_accuracy_by_type_is_scikit_learns():
     majority = {t: max(np.unique(right[types == t], return_counts=True)[1]) for t in set(types)}
     assert priors(samples)["acc"] == pytest.approx(sum(majority.values()) / 200)
     assert priors([Sample("", "video", ("a",), "", ("a",), ("a", "b", "c", "d"))])["acc"] == 0.25
+    assert priors([Sample("", "video", ("a",), "", ("a",), ("a", "b", "a", "d"))])["acc"] == 0.5
 
 
 def test_any_of_several_answers_is_right_and_one_that_is_nearly_so_is_not():
