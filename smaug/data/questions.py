@@ -61,8 +61,8 @@ def ask_about_shapes(scenes: Sequence[Scene], samples: Sequence[Sample], split: 
     """Questions about the clips of a split; `samples` are the clips themselves, in the order of the scenes.
 
     Open-ended: the answers of a type are equally frequent, and each question about the order of time is asked of both
-    twins, whose answers differ: there nobody does better than chance from the words alone. Multiple choice: the caption of
-    the clip, that of its twin, and three that differ from one of the two in a single colour or shape. Twins have the
+    twins, whose answers differ: there nobody does better than chance from the words alone. Multiple choice: the caption
+    of the clip, that of its twin, and three that differ from one of the two in a single colour or shape. Twins have the
     same options.
     """
     rng = np.random.default_rng([VERSION, 11, len(split)])
