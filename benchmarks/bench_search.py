@@ -32,7 +32,7 @@ from smaug.embed import contrast_heads, embed_texts
 from smaug.recipe import load
 from smaug.run import Run, load_run
 from smaug.search import store
-from smaug.search.index import File, IndexOptions, embed_folder, embed_parts, frames_of, read_parts
+from smaug.search.index import File, IndexOptions, embed_folder, embed_parts, read_parts
 from smaug.search.query import Index, search
 from smaug.search.store import Entry, Made
 from smaug.testing import save_random_run
@@ -158,7 +158,8 @@ def ready_clips(run: Run, folder: Path, options: IndexOptions) -> list[torch.Ten
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         file = File(Entry(path.name, 0, 0, "video"), path, 0)
         for part in read_parts(
-            decoder, file, run.recipe.data.sampler, frames_of(run), video.view, video.image_size, options.window
+            *(decoder, file, run.recipe.data.sampler, run.recipe.test_frames),
+            *(video.view, video.image_size, options.window),
         ):
             if part.clips is not None:
                 found.append(part.clips)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from smaug.data import text
-from smaug.objectives.vtc import VtcHeads
+from smaug.objectives.vtc import VtcHeads, contrast_of
 from smaug.recipe import Recipe
 from smaug.run import Run
 from smaug.tokens import PackedTokens
@@ -19,21 +17,20 @@ from smaug.tokens import PackedTokens
 
 def contrast_heads(run: Run) -> VtcHeads:
     """Raises ValueError for a model that was trained without a contrast."""
-    for heads in run.model.heads.values():
-        if isinstance(heads, VtcHeads):
-            return heads
-    raise ValueError("embedding needs the vtc objective; this model was trained without it")
+    heads = contrast_of(run.model)
+    if heads is None:
+        raise ValueError("embedding needs the vtc objective; this model was trained without it")
+    return heads
 
 
 @torch.no_grad()
 def embed_videos(run: Run, video: Tensor) -> Tensor:
     """video (B, F, H, W, 3) uint8, H and W of `recipe.model.video.image_size`, frames in the order of `in_views`
     -> (B, embed_dim) fp32 unit vectors on the model's device. Nothing is masked; pruning is at its trained rate."""
-    heads, config = contrast_heads(run), run.model.video.config
-    everything = torch.arange(math.prod(config.grid(video.shape[1])), dtype=torch.int32, device=run.way.device)
+    heads, video = contrast_heads(run), video.to(run.way.device)
     run.model.eval()
     with run.way.autocast():
-        encoded = run.model.video([(video.to(run.way.device), everything.expand(len(video), -1))])
+        encoded = run.model.video([(video, run.model.video.config.every_patch(video))])
         return heads.embed_video(encoded.features)
 
 
@@ -49,5 +46,5 @@ def embed_texts(run: Run, texts: Sequence[str]) -> Tensor:
     words = pack_texts(run.recipe, run.tokenizer, texts)
     run.model.eval()
     with run.way.autocast():
-        features, _ = run.model.text(tree_map_only(Tensor, lambda x: x.to(run.way.device), words))
+        features, _ = run.model.text(words.to(run.way.device))
         return heads.embed_text(features)

@@ -43,6 +43,11 @@ class Recipe:
     eval_top: int = 16  # candidates of the dual encoder that the match head ranks again
     seed: int = 0
 
+    @property
+    def test_frames(self) -> int:
+        """Frames of a clip at evaluation."""
+        return self.eval_frames or self.model.video.frames
+
 
 def names() -> list[str]:
     """All recipes, by the names of their files."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from smaug import checkpoint, recipe
 from smaug.data.annotations import read_answers
 from smaug.data.clips import CPU, Clips, open_manifest, open_shapes
 from smaug.data.loader import Loader
+from smaug.data.shapes import Report
 from smaug.device import Way, choose
 from smaug.model.model import Model
 from smaug.model.position import more_places, resample_time
@@ -198,7 +199,7 @@ def open_split(recipe: Recipe, split: str, console: Console, device: torch.devic
 
 
 @contextmanager
-def reporting(console: Console, log: str = "") -> Iterator[Callable[[str, int, int], None]]:
+def reporting(console: Console, log: str = "") -> Iterator[Report]:
     """A function of (what, how many are done, of how many) that draws a bar for each `what` on a terminal. Elsewhere it
     says once how many there will be, if `log` is what such a line begins with."""
     with progress(console) as bars:

@@ -93,6 +93,10 @@ class PackedTokens:
         """The same sequences with other values (T, D'): what follows a layer."""
         return PackedTokens(values, self.cu_seqlens, self.ids, self.size, self.max_seqlen, self.lengths)
 
+    def to(self, device: torch.device | str) -> PackedTokens:
+        values, cu_seqlens, ids, size = (x.to(device) for x in (self.values, self.cu_seqlens, self.ids, self.size))
+        return PackedTokens(values, cu_seqlens, ids, size, self.max_seqlen, self.lengths)
+
     def group(self, frames: int) -> PackedTokens:
         """Every ``frames`` neighbouring sequences as one (frames into clips): a view of ``cu_seqlens``, no copy."""
         if frames < 1 or self.num_sequences % frames:

@@ -514,12 +514,13 @@ def test_masked_answers_are_read_in_front_of_sep(tmp_path):
     tokenizer = load_tokenizer(str(tmp_path))
     seen, _ = encoded(model, pictures(frames=2))
     block = Clips([0, 1], seen.features, seen.frames, seen.summaries, seen.frame_ids)
-    asker = _Asker(model, tokenizer, block, torch.arange(2), "concat", False, True)
+    keys_values = model.fusion.project(block.frames)
+    asker = _Asker(model, tokenizer, block, keys_values, torch.arange(2), "concat", False, True)
     mask, sep = (tokenizer.token_to_id(piece) for piece in ("[MASK]", "[SEP]"))
     words = [[*some, mask, mask] for some in asker.encode(["the red ring", "a"], room=2)]
-    packed = asker.pack(words)
+    packed = text.pack_words(tokenizer, words, sep=True)
     assert (packed.values[packed.cu_seqlens[1:] - 1] == sep).all()
     with torch.no_grad():
-        every = asker.score(words, "all", lambda fused: fused.values)
-        last = asker.score(words, "last", lambda fused: fused.values, 2)
+        every = asker.score(asker.read(words), "all", lambda fused: fused.values)
+        last = asker.score(asker.read(words), "last", lambda fused: fused.values, 2)
     torch.testing.assert_close(last, every[packed.values == mask])

@@ -128,7 +128,7 @@ def _one_apart(scene: Scene, rng: np.random.Generator) -> Scene | None:
     """The scene with another colour or shape of one of its objects; None for one that training could not have."""
     which = ("colour", "shape", "still_colour", "still_shape")[rng.integers(4)]
     values = list(COLOURS) if which.endswith("colour") else list(SHAPES)
-    other = replace(scene, **{which: values[rng.integers(len(values))]})  # type: ignore[arg-type]
+    other = replace(scene, **{which: values[rng.integers(len(values))]})  # type: ignore[arg-type]  # all four are texts
     if other == scene or other.colour == other.still_colour:
         return None
     object = (other.still_colour, other.still_shape) if which.startswith("still") else (other.colour, other.shape)

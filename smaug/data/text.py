@@ -62,8 +62,12 @@ def number(tokenizer: Tokenizer, piece: str) -> int:
 
 def pack_captions(tokenizer: Tokenizer, captions: Sequence[str], max_words: int, sep: bool) -> PackedTokens:
     """Whole captions as a model of `TextEncoderConfig` max_words and sep takes them; see `pack`."""
-    words = encode(tokenizer, captions, max_words - sep)
-    return pack(words, number(tokenizer, CLS), sep=number(tokenizer, SEP) if sep else None)
+    return pack_words(tokenizer, encode(tokenizer, captions, max_words - sep), sep)
+
+
+def pack_words(tokenizer: Tokenizer, captions: Sequence[Sequence[int]], sep: bool = False) -> PackedTokens:
+    """The same of word numbers, as `encode` gives them."""
+    return pack(captions, number(tokenizer, CLS), sep=number(tokenizer, SEP) if sep else None)
 
 
 def encode(tokenizer: Tokenizer, captions: Sequence[str], max_words: int) -> list[list[int]]:

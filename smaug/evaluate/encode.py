@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from smaug.data import text
 from smaug.data.clips import Clips, check_share
 from smaug.data.frames import in_views
 from smaug.data.loader import middle_frames
 from smaug.data.manifest import Skip
+from smaug.data.shapes import Report
 from smaug.evaluate.ensemble import Ensemble
 from smaug.model.model import Model
 from smaug.model.text_encoder import TextEncoderConfig
@@ -24,8 +23,6 @@ from smaug.tokens import PackedTokens, cat_tokens
 
 BATCH = 100  # clips or texts encoded at once; fixed, so that a score does not depend on the machine's memory
 KEEP = 4 << 30  # bytes of clips' tokens that wait for the match head; what does not fit is encoded again
-
-Report = Callable[[str, int, int], None]  # what, how many are done, of how many
 
 
 @dataclass(frozen=True)
@@ -89,9 +86,7 @@ def encode_clips(
             if how.parts > 1 and video.shape[1] > 1:
                 parts = how.parts
                 video = video.flatten(0, 1).unflatten(0, (-1, part))[:, in_views(list(range(part)), config.view)]
-            everything = torch.arange(math.prod(config.grid(video.shape[1])), dtype=torch.int32)
-            ids = everything.expand(len(video), -1).to(device)
-            seen = model.video([(video, ids)], keep_rate=None if how.sparse else 1.0)
+            seen = model.video([(video, config.every_patch(video))], keep_rate=None if how.sparse else 1.0)
             yield _block(seen, group.samples.tolist(), parts)
 
 
@@ -173,7 +168,7 @@ def encode_texts(
     features, encoded = [], []
     for start in range(0, len(captions), batch):
         packed = text.pack_captions(tokenizer, captions[start : start + batch], config.max_words, config.sep)
-        some, read = model.text(tree_map_only(Tensor, lambda t: t.to(device), packed))
+        some, read = model.text(packed.to(device))
         features.append(some)
         encoded += [read] if tokens else []
     cut = texts_cut(tokenizer, captions, config)

@@ -11,23 +11,25 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from smaug.data import text
 from smaug.data.clips import Clips, check_share
 from smaug.data.manifest import Sample, Skip
-from smaug.evaluate.encode import BATCH, Block, Look, Report, encode_clips
+from smaug.data.shapes import Report
+from smaug.evaluate.encode import BATCH, Block, Look, encode_clips
 from smaug.evaluate.ensemble import Ensemble, ensemble
+from smaug.evaluate.match import has_match_head
+from smaug.model.fusion import KeyValue
 from smaug.model.model import Model
 from smaug.objectives.answer import Classifier, Speller
 from smaug.objectives.mlm import MlmHead
-from smaug.objectives.vtc import VtcHeads
+from smaug.objectives.vtc import contrast_of
 from smaug.tokens import PackedTokens
 
 TEXTS = 1000  # fused at once
@@ -104,6 +106,7 @@ def answer_questions(
     skipped: list[Skip] = []
     for block in encode_clips(model, clips, first, look, skipped, batch):
         check_share(skipped, len(first), max_bad, clips.decoder.name)
+        keys_values = [] if model.fusion is None else model.fusion.project(block.frames)
         each = [asked[clips.samples[number].path] for number in block.numbers]
         pairs = [(place, number) for place, several in enumerate(each) for number in several]
         step = max(1, TEXTS // max(1, len(clips.samples[pairs[0][1]].options)))
@@ -111,7 +114,7 @@ def answer_questions(
             places, some = zip(*pairs[start : start + step], strict=True)
             own = torch.tensor(places, device=block.features.device)
             these = [clips.samples[number] for number in some]
-            asker = _Asker(model, tokenizer, block, own, ensemble, blind, look.sparse)
+            asker = _Asker(model, tokenizer, block, keys_values, own, ensemble, blind, look.sparse)
             given += _choose(asker, these) if these[0].options else _answer(asker, these, answers)
             numbers += some
         if report is not None:
@@ -129,6 +132,7 @@ class _Asker:
     model: Model
     tokenizer: Tokenizer
     block: Block
+    keys_values: Sequence[KeyValue]  # of the block's frames
     own: Tensor  # (questions,) int64, the place of each one's clip in the block
     how: Ensemble
     blind: bool  # the texts see no clip
@@ -138,20 +142,26 @@ class _Asker:
         config = self.model.text.config
         return text.encode(self.tokenizer, texts, config.max_words - config.sep - room)
 
+    def read(self, words: Sequence[Sequence[int]]) -> tuple[Tensor, PackedTokens]:
+        """Texts, as `encode` gives them, through their encoder: features and words. Of one text a question, or of as
+        many in a row for each."""
+        packed = text.pack_words(self.tokenizer, words, self.model.text.config.sep)
+        features, encoded = self.model.text(packed.to(self.own.device))
+        return features, encoded
+
     def score(
         self,
-        words: Sequence[Sequence[int]],
+        read: tuple[Tensor, PackedTokens],
         asked: Literal["cls", "all", "last"],
         head: Callable[[PackedTokens], Tensor],
         last: int = 0,
     ) -> Tensor:
-        """Scores (texts, classes) that `head` gives to texts fused with their clips. words: numbers, without [CLS], of
-        one text a question, or of as many in a row for each; `asked`: which fused words the head is shown."""
-        model, device = self.model, self.own.device
+        """Scores (texts, classes) that `head` gives to texts that were `read`, fused with their clips. `asked`: which
+        fused words the head is shown."""
+        model, device, (features, encoded) = self.model, self.own.device, read
         assert model.fusion is not None
-        features, encoded = model.text(self.pack(words))
         kv_ids, gate = self.block.frame_ids.index_select(0, self.own), None
-        kv_ids = kv_ids.repeat_interleave(len(words) // len(self.own), dim=0)
+        kv_ids = kv_ids.repeat_interleave(encoded.num_sequences // len(self.own), dim=0)
         if self.blind:
             kv_ids = torch.full_like(kv_ids, -1)
         elif model.selector is not None and self.sparse:
@@ -160,38 +170,35 @@ class _Asker:
         if asked == "last":
             ends = encoded.cu_seqlens[1:, None] - int(model.text.config.sep)  # [SEP] is nobody's answer
             rows, count = (ends + torch.arange(-last, 0, device=device)).flatten(), last
-        read, keys_values = model.fusion.read(encoded), model.fusion.project(self.block.frames)
+        attended = model.fusion.read(encoded)
 
         def fused(ids: Tensor, gate: Tensor | None) -> Tensor:
             assert model.fusion is not None
-            few = {} if asked == "all" else {"rows": rows, "lengths": count}
-            return head(model.fusion.fuse(read, self.block.frames, ids, gate, keys_values=keys_values, **few))
+            few: dict[str, Any] = {} if asked == "all" else {"rows": rows, "lengths": count}
+            words = model.fusion.fuse(attended, self.block.frames, ids, gate, keys_values=self.keys_values, **few)
+            return head(words)
 
         if self.how == "concat":
             return fused(kv_ids, gate)
         units = [fused(ids[:, None], None) for ids in kv_ids.unbind(1)]
         return ensemble(torch.stack(units, 1), kv_ids >= (-1 if self.blind else 0), self.how)
 
-    def pack(self, words: Sequence[Sequence[int]]) -> PackedTokens:
-        return _pack(self.tokenizer, words, self.own.device, self.model.text.config.sep)
-
 
 def _choose(asker: _Asker, samples: Sequence[Sample]) -> list[str]:
     """The option with the best match score. With a contrast head its logit is added, as in retrieval's second stage."""
     count, model = len(samples[0].options), asker.model
-    if "vtm" not in model.heads:
+    if not has_match_head(model):
         raise ValueError("multiple choice needs a match head; this model was trained without vtm")
 
     def match(fused: PackedTokens) -> Tensor:
         no, yes = model.heads["vtm"](fused.values).float().unbind(1)
         return (yes - no)[:, None]
 
-    words = asker.encode([option for sample in samples for option in sample.options])
-    scores = asker.score(words, "cls", match).view(-1, count)
-    heads = next((head for head in model.heads.values() if isinstance(head, VtcHeads)), None)
+    read = asker.read(asker.encode([option for sample in samples for option in sample.options]))
+    scores = asker.score(read, "cls", match).view(-1, count)
+    heads = contrast_of(model)
     if heads is not None and not asker.blind:
-        features, _ = model.text(asker.pack(words))
-        dual = heads.scores(features, asker.block.features).view(len(samples), count, -1)
+        dual = heads.scores(read[0], asker.block.features).view(len(samples), count, -1)
         scores = scores + dual[torch.arange(len(samples), device=dual.device), :, asker.own]
     right = torch.tensor([[o in s.answers for o in s.options] for s in samples], device=scores.device)
     return [sample.options[i] for sample, i in zip(samples, _best(scores, right), strict=True)]
@@ -212,12 +219,11 @@ def _answer(asker: _Asker, samples: Sequence[Sample], answers: Sequence[str]) ->
     heads = list(asker.model.heads.values())
     head = next((h for kind in (Classifier, Speller, MlmHead) for h in heads if isinstance(h, kind)), None)
     if isinstance(head, Classifier):
-        scores = asker.score(asker.encode(questions), "cls", lambda fused: head(fused.values))
+        scores = asker.score(asker.read(asker.encode(questions)), "cls", lambda fused: head(fused.values))
     elif isinstance(head, Speller):
         spelled = asker.encode(answers)
-        scores = asker.score(
-            asker.encode(questions), "all", lambda fused: spell_answers(head, asker.tokenizer, fused, spelled)
-        )
+        read = asker.read(asker.encode(questions))
+        scores = asker.score(read, "all", lambda fused: spell_answers(head, asker.tokenizer, fused, spelled))
     elif isinstance(head, MlmHead):
         scores = _fill_in(asker, head, questions, asker.encode(answers, room=1))  # of the question one word at least
     else:
@@ -243,7 +249,7 @@ def _fill_in(asker: _Asker, head: MlmHead, questions: Sequence[str], answers: Se
             return torch.stack([words[:, place, pieces[:, place]] for place in range(length)]).mean(0)
 
         asked = [[*words, *[mask] * length] for words in asker.encode(questions, room=length)]
-        scores[:, those] = asker.score(asked, "last", likely, length)
+        scores[:, those] = asker.score(asker.read(asked), "last", likely, length)
     return scores
 
 
@@ -255,7 +261,7 @@ def spell_answers(head: Speller, tokenizer: Tokenizer, questions: PackedTokens, 
     """
     device, count = questions.values.device, questions.num_sequences
     sep, every = text.number(tokenizer, text.SEP), torch.arange(count, device=device)
-    first = head(_pack(tokenizer, [[]] * count, device), questions, every).log_softmax(1)
+    first = head(text.pack_words(tokenizer, [[]] * count).to(device), questions, every).log_softmax(1)
     likely = first[:, torch.tensor([words[0] for words in answers], device=device)]
     picked = likely.topk(min(RANKED, len(answers)), dim=1).indices
     scores = torch.full((count, len(answers)), float("-inf"), device=device)
@@ -264,17 +270,8 @@ def spell_answers(head: Speller, tokenizer: Tokenizer, questions: PackedTokens, 
         these = picked[low : low + step]
         begun, after, of = text.beginnings([answers[a] for a in these.flatten().tolist()], sep)
         belongs = low + torch.tensor(of, device=device) // picked.shape[1]
-        logits = head(_pack(tokenizer, begun, device), questions, belongs).log_softmax(1)
+        logits = head(text.pack_words(tokenizer, begun).to(device), questions, belongs).log_softmax(1)
         words = logits.gather(1, torch.tensor(after, device=device)[:, None])[:, 0]
         total = torch.zeros(these.numel(), device=device).index_add(0, torch.tensor(of, device=device), words)
         scores[low : low + step] = scores[low : low + step].scatter(1, these, total.view(these.shape))
     return scores
-
-
-def _pack(
-    tokenizer: Tokenizer, words: Sequence[Sequence[int]], device: torch.device, sep: bool = False
-) -> PackedTokens:
-    end = text.number(tokenizer, text.SEP) if sep else None
-    packed = text.pack(words, text.number(tokenizer, text.CLS), sep=end)
-    moved: PackedTokens = tree_map_only(Tensor, lambda x: x.to(device), packed)
-    return moved

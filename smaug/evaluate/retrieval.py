@@ -17,12 +17,13 @@ from torch import Tensor
 
 from smaug.data.clips import Clips
 from smaug.data.manifest import Skip
-from smaug.evaluate.encode import BATCH, EncodedClips, EncodedTexts, Report, encode_set, encode_texts, look
+from smaug.data.shapes import Report
+from smaug.evaluate.encode import BATCH, EncodedClips, EncodedTexts, encode_set, encode_texts, look
 from smaug.evaluate.ensemble import Ensemble
 from smaug.evaluate.match import has_match_head, match, read_texts
 from smaug.metrics import recalls, retrieval_ranks, text_to_video_ranks, video_to_text_ranks
 from smaug.model.model import Model
-from smaug.objectives.vtc import VtcHeads
+from smaug.objectives.vtc import contrast_of
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def retrieval(
     `sparse` no patch is pruned and every frame is fused. `dual_softmax` adds t2v_r1_dsl ... beside the others, see
     `with_dual_softmax`. `batch` clips are encoded, and their keys and values held, at once.
     """
-    heads = next((head for head in model.heads.values() if isinstance(head, VtcHeads)), None)
+    heads = contrast_of(model)
     if heads is None:
         raise ValueError("retrieval needs the vtc objective; this model was trained without it")
     two_stages = has_match_head(model)

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 
 from smaug.data.annotations import CAPTIONS
 from smaug.data.clips import Clips, DataConfig
+from smaug.data.shapes import Report
 from smaug.data.source import source_name
 from smaug.device import Way
-from smaug.evaluate.encode import BATCH, Report, look, texts_cut
+from smaug.evaluate.encode import BATCH, look, texts_cut
 from smaug.evaluate.ensemble import Ensemble
 from smaug.evaluate.match import has_match_head
 from smaug.evaluate.questions import Answers, answer_questions, priors
@@ -161,7 +162,7 @@ def score_questions(
 
 
 def frames_of(recipe: Recipe, how: How) -> int:
-    return how.frames or recipe.eval_frames or recipe.model.video.frames
+    return how.frames or recipe.test_frames
 
 
 def fused_how(recipe: Recipe, how: How, scores: str) -> str:

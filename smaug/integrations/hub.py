@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 import os
 import shlex
 import shutil
@@ -50,7 +49,7 @@ from smaug.data.media import kind_of
 from smaug.device import Way, choose
 from smaug.embed import pack_texts
 from smaug.model.video_encoder import EncodedVideo
-from smaug.objectives.vtc import VtcHeads
+from smaug.objectives.vtc import contrast_of
 from smaug.recipe import Recipe
 from smaug.run import Run, build, load_run, read_config, read_tokenizer, refuse
 from smaug.tokens import PackedTokens, packed_ragged
@@ -206,7 +205,7 @@ class SmaugModel(PreTrainedModel):
             videos = None if pixel_values_videos is None else self._encode_videos(pixel_values_videos)
             if texts is None and videos is None:
                 raise ValueError("nothing to do: give input_ids, pixel_values_videos or both")
-            heads = self._contrast()
+            heads = contrast_of(self.model)
             if heads is not None and texts is not None:
                 found.text_embeds = heads.embed_text(texts[0])
             if heads is not None and videos is not None:
@@ -280,9 +279,6 @@ class SmaugModel(PreTrainedModel):
             return contextlib.nullcontext()
         return _way(self.config.fast, self.device.type).autocast()
 
-    def _contrast(self) -> VtcHeads | None:
-        return next((heads for heads in self.model.heads.values() if isinstance(heads, VtcHeads)), None)
-
     @staticmethod
     def _trained_with_a_contrast(found: Tensor | None) -> Tensor:
         if found is None:
@@ -297,8 +293,8 @@ class SmaugModel(PreTrainedModel):
                 f"pixel_values_videos is (videos, frames, {size}, {size}, 3) uint8, but this is {tuple(video.shape)} "
                 f"{str(video.dtype).removeprefix('torch.')}; let SmaugProcessor make it"
             )
-        everything = torch.arange(math.prod(config.grid(video.shape[1])), dtype=torch.int32, device=self.device)
-        encoded: EncodedVideo = self.model.video([(video.to(self.device), everything.expand(len(video), -1))])
+        video = video.to(self.device)
+        encoded: EncodedVideo = self.model.video([(video, config.every_patch(video))])
         return encoded
 
     def _encode_texts(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, PackedTokens]:
@@ -435,7 +431,7 @@ class SmaugProcessor(ProcessorMixin):
     def _see(self, given: list[Any], kind: str, frame_rate: float | None) -> Tensor:
         """(V, F, size, size, 3) uint8."""
         video = self._recipe.model.video
-        count = self.frames or self._recipe.eval_frames or video.frames
+        count = self.frames or self._recipe.test_frames
         video.times(count)  # raises for a number that does not fill the tubes
         pick = self._recipe.data.sampler.pick(count, video.view)
         files = [number for number, one in enumerate(given) if isinstance(one, str | os.PathLike)]
@@ -585,7 +581,7 @@ def _not_into_a_run(folder: Source) -> None:
 def _read_run(folder: Path) -> tuple[dict[str, Any], Run]:
     """The fields of SmaugConfig, and the run itself."""
     config, run = read_config(folder), load_run(folder, "cpu")
-    if not any(isinstance(heads, VtcHeads) for heads in run.model.heads.values()) and "vtm" not in run.model.heads:
+    if contrast_of(run.model) is None and "vtm" not in run.model.heads:
         names = ", ".join(run.recipe.objectives)
         raise ValueError(f"{folder} was trained for {names}, and SmaugModel gives what vtc and vtm are trained for")
     told = {key: config[key] for key in ("size", "fast", "command", "machine", "smaug")}

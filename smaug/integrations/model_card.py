@@ -113,10 +113,10 @@ def _gives(recipe: Recipe) -> str:
 
 def _input(recipe: Recipe) -> str:
     video = recipe.model.video
-    frames = recipe.eval_frames or video.frames
     return (
-        f"It sees {frames} frames of a video, the middle square of each at {video.image_size} x {video.image_size} "
-        f"pixels, and at most {recipe.model.text.max_words} word pieces of a text, [CLS] among them."
+        f"It sees {recipe.test_frames} frames of a video, the middle square of each at "
+        f"{video.image_size} x {video.image_size} pixels, and at most {recipe.model.text.max_words} word pieces of a "
+        "text, [CLS] among them."
     )
 
 

@@ -7,6 +7,7 @@ section 3; SMAUG's Figure 2 b puts this inside the image encoder, frame by frame
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -91,6 +92,11 @@ class VideoEncoderConfig:
     def grid(self, frames: int) -> tuple[int, int, int]:
         """Of the tokens of a clip: (moments, rows, columns)."""
         return (self.times(frames), self.rows, self.rows)
+
+    def every_patch(self, video: Tensor) -> Tensor:
+        """ids_keep (B, K) int32 of clips (B, F, H, W, 3) of which nothing is masked."""
+        ids = torch.arange(math.prod(self.grid(video.shape[1])), dtype=torch.int32, device=video.device)
+        return ids.expand(len(video), -1)
 
 
 @dataclass(frozen=True)

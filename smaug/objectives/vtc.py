@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smaug.model.layers import init_linear
-from smaug.model.model import ModelConfig
+from smaug.model.model import Model, ModelConfig
 from smaug.objectives.seen import Seen
 
 
@@ -43,6 +43,11 @@ class VtcHeads(nn.Module):
         # In the bf16 of autocast, scores of different pairs would often be equal.
         with torch.autocast(kind, enabled=False) if kind != "meta" else contextlib.nullcontext():
             return texts @ videos.T / temperature
+
+
+def contrast_of(model: Model) -> VtcHeads | None:
+    """The contrast head of a model, whatever its recipe calls it; None if it was trained without one."""
+    return next((heads for heads in model.heads.values() if isinstance(heads, VtcHeads)), None)
 
 
 @dataclass(frozen=True)

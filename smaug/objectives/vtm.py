@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from smaug.data.loader import IGNORED
 from smaug.model.layers import init_linear
 from smaug.model.model import ModelConfig
 from smaug.objectives.seen import Seen
-
-IGNORED = -100  # the label of a pair that does not count; cross_entropy's default
 
 
 @dataclass(frozen=True)

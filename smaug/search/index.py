@@ -98,11 +98,6 @@ def cut(times: np.ndarray, seconds: float) -> list[tuple[float, float, int, int]
     return found
 
 
-def frames_of(run: Run) -> int:
-    """Of a video, as an evaluation shows it."""
-    return run.recipe.eval_frames or run.recipe.model.video.frames
-
-
 def read_parts(
     decoder: Decoder, file: File, sampler: FrameSampler, frames: int, view: int, size: int, seconds: float
 ) -> Iterator[Part]:
@@ -117,7 +112,7 @@ def read_parts(
             some = windows[at : at + PART]
             return [low + i for _, _, low, high in some for i in sample(times[low:high] - times[low])]
 
-        got = decoder.decode([Want(file.path, file.entry.kind, pick)], size)[0]  # type: ignore[arg-type]
+        got = decoder.decode([Want(file.path, file.entry.kind, pick)], size)[0]  # type: ignore[arg-type]  # its defaults
         if file.entry.kind == "image":
             windows = [(0.0, 0.0, 0, 1)]
         some = [(start, end) for start, end, _, _ in windows[at : at + PART]]
@@ -261,7 +256,7 @@ def embed_folder(
     console.print(f"index      {out}: {counts}", highlight=False, soft_wrap=True)
     writer.save()
     recipe = run.recipe
-    frames, view, size = frames_of(run), recipe.model.video.view, recipe.model.video.image_size
+    frames, view, size = recipe.test_frames, recipe.model.video.view, recipe.model.video.image_size
     # Many threads ask for a clip each, as only pyav lets them. A PART of a film may take as long as 16 clips.
     decoder = open_decoder("pyav", torch.device("cpu"), options.workers, PART * MAX_SECONDS)
 

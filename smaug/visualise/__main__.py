@@ -54,7 +54,7 @@ def main() -> int:
         clips, number, what = open_clip(options, run, console)
         sample = clips.samples[number]
         out = name_files(options.out, sample)
-        frames = run.recipe.eval_frames or run.model.video.config.frames
+        frames = run.recipe.test_frames
         run.model.video.config.times(frames)  # raises for a number that does not fill the tubes
         groups, bad = middle_frames(clips, [number], frames, view=run.model.video.config.view)
         if bad:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 
 from smaug import ops
 from smaug.data import text
@@ -53,12 +52,11 @@ def look(run: Run, clip: VisualGroup, wanted: str, block: int = -1) -> Shown:
     video, samples = clip.video.to(device), clip.samples.to(device)
     config, words_config, count = model.video.config, model.text.config, video.shape[1]
     grid = config.grid(count)
-    everything = torch.arange(math.prod(grid), dtype=torch.int32, device=device)[None]
     ids_keep, ids_removed = video_mask(recipe, 0).draw(samples, grid, seed=recipe.seed, epoch=0, impl=model.impl)
     packed = text.pack_captions(run.tokenizer, [wanted], words_config.max_words, words_config.sep)
     with run.way.autocast():
-        whole = model.video([(video, everything)])
-        feature, words = model.text(tree_map_only(Tensor, lambda x: x.to(device), packed))
+        whole = model.video([(video, config.every_patch(video))])
+        feature, words = model.text(packed.to(device))
         kv_ids, gate, scores = select(model, whole, feature)
         visible = rebuilt = error = None
         if ids_removed.numel():
