@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,13 @@ class Clips:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def fingerprint(self) -> int:
+        """CRC32 of what the samples are called and say, in their order: batches are drawn by number."""
+        crc = 0
+        for s in self.samples:
+            crc = zlib.crc32("\0".join((s.name, s.kind, *s.captions, *s.answers, *s.options)).encode(), crc)
+        return crc
 
     def read(self, numbers: Sequence[int], views: Sequence[View]) -> list[Got]:
         """(F, size, size, 3) uint8 of each clip on the decoder's device, or why not; an image has one frame."""
