@@ -49,7 +49,7 @@ class DataConfig:
     cache: bool = True  # read the embedded set from its decoded map; without it every clip is decoded live
     max_bad: float = 0.05  # share of unusable files above which a run stops
     vocabulary: int = 8192  # word pieces at most
-    workers: int = 0  # decoding threads; 0: one a core
+    workers: int = 0  # decoding threads of a process; 0: one a core, shared among the processes of a machine
     clip_seconds: float = MAX_SECONDS  # a clip that takes longer to decode is skipped
 
     def __post_init__(self) -> None:
@@ -161,7 +161,9 @@ def open_manifest(
 
 
 def _decoder(config: DataConfig, device: torch.device) -> Decoder:
-    return open_decoder(config.decoder, device, config.workers or os.cpu_count() or 1, config.clip_seconds)
+    # torchrun says how many processes share this machine.
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return open_decoder(config.decoder, device, config.workers or max(1, cores), config.clip_seconds)
 
 
 def check_share(bad: Sequence[Skip], total: int, limit: float, decoder: str = "auto") -> None:
