@@ -17,6 +17,8 @@ from torch import nn
 from smaug import checkpoint
 from smaug.optim import OptimConfig, adamw
 
+FILES = ("model.safetensors", "optim.safetensors")
+
 
 def make(seed=0):
     torch.manual_seed(seed)
@@ -64,7 +66,7 @@ def test_round_trip_is_bit_exact_and_training_goes_on_the_same(tmp_path):
     state = {"totals": {"seconds": 0.1 + 0.2, "clips": 10**12}, "note": "é", "pair": (1, 2)}
     checkpoint.save(tmp_path, 3, model, optimizer, state)
     other, other_optimizer = make(seed=9)
-    found, damaged = checkpoint.load_newest(tmp_path, other, other_optimizer)
+    found, damaged = checkpoint.load(tmp_path, other, other_optimizer)
     assert found == {"step": 3, **state, "pair": [1, 2]} and damaged == []
     assert everything(other, other_optimizer) == everything(model, optimizer)
     assert len(other_optimizer.state) == 7 and all(
@@ -79,10 +81,10 @@ def test_a_fresh_optimizer_and_none(tmp_path):
     model, optimizer = make()
     checkpoint.save(tmp_path, 0, model, optimizer, {})
     other, other_optimizer = make(seed=9)
-    assert checkpoint.load_newest(tmp_path, other, other_optimizer) == ({"step": 0}, [])
+    assert checkpoint.load(tmp_path, other, other_optimizer) == ({"step": 0}, [])
     assert everything(other, other_optimizer) == everything(model, optimizer)
-    assert checkpoint.load_newest(tmp_path, make(seed=8)[0])[0] == {"step": 0}  # to evaluate
-    assert checkpoint.load_newest(tmp_path / "nothing", model) == (None, [])
+    assert checkpoint.load(tmp_path, make(seed=8)[0])[0] == {"step": 0}  # to evaluate
+    assert checkpoint.load(tmp_path / "nothing", model) == (None, [])
 
 
 def test_two_are_kept_in_the_order_of_numbers(tmp_path):
@@ -95,9 +97,9 @@ def test_two_are_kept_in_the_order_of_numbers(tmp_path):
     assert checkpoint.steps(tmp_path) == [10, 100]
     checkpoint.save(tmp_path, 100, model, optimizer, {"again": True})
     assert checkpoint.steps(tmp_path) == [10, 100]
-    assert checkpoint.load_newest(tmp_path, model)[0] == {"step": 100, "again": True}
+    assert checkpoint.load(tmp_path, model)[0] == {"step": 100, "again": True}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-10", "step-100", "step-7", "step-99-copy"]
-    assert sorted(p.name for p in (tmp_path / "step-10").iterdir()) == [*checkpoint.FILES, "state.json"]
+    assert sorted(p.name for p in (tmp_path / "step-10").iterdir()) == [*FILES, "state.json"]
 
 
 @pytest.mark.parametrize("call", [1, 2])
@@ -106,7 +108,7 @@ def test_a_failing_write_leaves_the_earlier_ones(three, monkeypatch, call):
     before, calls = files(folder), []
     save_file = checkpoint.save_file
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         calls.append(path)
         save_file(tensors, path)
         if len(calls) == call:
@@ -155,7 +157,7 @@ from smaug import checkpoint
 stop = lambda *a: os.kill(os.getpid(), 9)
 folder, moment = Path(sys.argv[1]), sys.argv[2]
 if moment == "half written":
-    checkpoint.save_file = lambda tensors, path: (path.write_bytes(b"half"), stop())
+    checkpoint.save_file = lambda tensors, path, metadata: (path.write_bytes(b"half"), stop())
 else:
     setattr(checkpoint.os, moment, stop)
 model = torch.nn.Linear(2, 2)
@@ -172,7 +174,7 @@ def test_a_killed_write_leaves_the_earlier_ones(three, moment):
     assert {k: v for k, v in files(folder).items() if not k.startswith(".")} == before
     assert [p.name for p in folder.glob(".*")] == [".step-4.aside"] and checkpoint.steps(folder) == [2, 3]
     model, optimizer = make(seed=9)
-    assert checkpoint.load_newest(folder, model, optimizer)[0]["step"] == 3
+    assert checkpoint.load(folder, model, optimizer)[0]["step"] == 3
     assert everything(model, optimizer) == held[3]
     checkpoint.save(folder, 5, model, optimizer, {})
     assert sorted(p.name for p in folder.iterdir()) == ["step-3", "step-5"]  # what was left is gone
@@ -184,7 +186,7 @@ def flip(path, at):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("name", [*checkpoint.FILES, "state.json"])
+@pytest.mark.parametrize("name", [*FILES, "state.json"])
 @pytest.mark.parametrize("damage", ["flip early", "flip late", "truncate", "empty", "gone"])
 def test_a_damaged_one_is_passed_over(three, name, damage):
     folder, held = three
@@ -197,7 +199,7 @@ def test_a_damaged_one_is_passed_over(three, name, damage):
     else:
         path.write_bytes(path.read_bytes()[: size // 2 if damage == "truncate" else 0])
     model, optimizer = make(seed=9)
-    state, damaged = checkpoint.load_newest(folder, model, optimizer)
+    state, damaged = checkpoint.load(folder, model, optimizer)
     assert state == {"step": 2, "totals": {"clips": 64.1 * 2}} and everything(model, optimizer) == held[2]
     if (name, damage) == ("state.json", "gone"):
         assert damaged == []  # without it a folder is no checkpoint
@@ -213,11 +215,11 @@ def test_no_flipped_byte_of_the_state_is_believed(three):
     for at in range(len(whole)):
         for bit in (1, 16):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
-            state, damaged = checkpoint.load_newest(folder, make()[0])
+            state, damaged = checkpoint.load(folder, make()[0])
             # A blank between two fields may change into another blank; nothing that is said may.
             assert (state["step"] == 2 and len(damaged) == 1) or json.loads(path.read_bytes()) == json.loads(whole), at
     path.write_bytes(b"[1, 2]")
-    assert checkpoint.load_newest(folder, make()[0])[0]["step"] == 2
+    assert checkpoint.load(folder, make()[0])[0]["step"] == 2
 
 
 def test_when_all_are_damaged(three):
@@ -226,7 +228,7 @@ def test_when_all_are_damaged(three):
         flip(folder / f"step-{step}/model.safetensors", -1)
     model, optimizer = make(seed=9)
     before = everything(model, optimizer)
-    state, damaged = checkpoint.load_newest(folder, model, optimizer)
+    state, damaged = checkpoint.load(folder, model, optimizer)
     assert state is None and ["step-3" in damaged[0], "step-2" in damaged[1]] == [True, True]
     assert everything(model, optimizer) == before
 
@@ -244,13 +246,17 @@ def test_no_pickle_is_loaded(three, tmp_path, monkeypatch):
 
     for module, name in ((torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
         monkeypatch.setattr(module, name, refuse)
-    assert checkpoint.load_newest(folder, *make())[0]["step"] == 3
+    assert checkpoint.load(folder, *make())[0]["step"] == 3
     Bomb.path = str(tmp_path / "exploded")
     data = pickle.dumps({"0.weight": Bomb()})
     (folder / "step-3/model.safetensors").write_bytes(data)
     state = json.loads((folder / "step-3/state.json").read_text())
-    state["crc32"]["model.safetensors"] = zlib.crc32(data)  # by someone who knows how
+    checksums = state.pop("crc32")  # by someone who knows how
+    checksums["model.safetensors"] = zlib.crc32(data)
+    del checksums["state.json"]
+    checksums["state.json"] = zlib.crc32(json.dumps({**state, "crc32": checksums}).encode())
+    state["crc32"] = checksums
     (folder / "step-3/state.json").write_text(json.dumps(state))
     with pytest.raises(Exception, match=r"(?i)header"):
-        checkpoint.load_newest(folder, *make())
+        checkpoint.load(folder, *make())
     assert not (tmp_path / "exploded").exists()
