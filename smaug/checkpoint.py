@@ -76,7 +76,7 @@ class Keeper:
             copied.record()
         state = {"step": step, **json.loads(json.dumps(state))}  # now, as the loop goes on to change it
         if score is not None and math.isfinite(score):
-            state["score"] = score
+            state["score"] = float(score)
         self.thread = threading.Thread(
             target=self._write, args=(state, offsets, shared, copied), name="checkpoint", daemon=True
         )
