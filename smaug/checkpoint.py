@@ -65,6 +65,8 @@ class Keeper:
         if ema is not None:
             parts["ema"] = ema
         shared = any(map(_in_parts, parts["model"].values()))
+        if shared and self.group is None and dist.get_world_size() > 1:
+            raise ValueError("a model in parts is saved by all of its processes: Keeper needs their group")
         if self.rank and not shared:
             return
         self.host = {part: self.host.get(part, {}) for part in parts}
@@ -335,10 +337,8 @@ def _finish(aside: Path, final: Path, state: dict[str, Any], checksums: dict[str
     """Gives a checkpoint its name, and removes those that are no longer kept."""
     checksums = {**checksums, "state.json": _state_crc32(state, checksums)}
     (aside / "state.json").write_text(json.dumps({**state, "crc32": checksums}))
-    _flush(aside / "state.json")
-    for folder in {aside, *(aside / file for file in checksums)}:
-        if folder.is_dir():
-            _flush(folder)
+    for path in {aside / "state.json", *((aside / name).parent for name in checksums)}:
+        _flush(path)  # a folder is flushed for the names in it
     if final.exists():  # left by a run that was stopped twice at one step
         os.rename(final, final.with_name(f".{final.name}.old.aside"))
     os.rename(aside, final)

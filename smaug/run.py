@@ -56,9 +56,10 @@ def load_run(folder: Path, device: str = "auto", which: checkpoint.Which = "newe
     state, damaged = checkpoint.load(checkpoints, model, ema=model.state_dict(), which=which)
     if state is None:
         lacks = f"{folder} has no checkpoint to evaluate; train it first"
-        if there := checkpoint.steps(checkpoints):
+        if which != "newest":
             asked = "with a score, which --eval-every gives" if which == "best" else f"of step {which} that is whole"
-            lacks = f"{folder} has no checkpoint {asked}; it has those of the steps {', '.join(map(str, there))}"
+            there = ", ".join(map(str, checkpoint.steps(checkpoints))) or "none"
+            lacks = f"{folder} has no checkpoint {asked}; its steps are: {there}"
         raise ValueError(" ".join([*damaged, lacks]))
     warn(damaged)
     clips = state.get("totals", {}).get("clips", 0)

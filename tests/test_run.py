@@ -74,10 +74,15 @@ def test_which_checkpoint_is_read_and_what_is_said(tmp_path, capsys, monkeypatch
     assert run.step == 2 and capsys.readouterr() == ("", said)
     begun, _ = made(tmp_path / "small", Answer(answers=("yes", "no")), save=False)
     assert "step 2" in start_from(begun, recipe, folder) and capsys.readouterr() == ("", said)
-    with pytest.raises(
-        ValueError, match=r"step-3 is damaged .* no checkpoint of step 3 that is whole; it has .* 1, 2, 3$"
+    for which, match in (
+        (3, r"step-3 is damaged .* no checkpoint of step 3 that is whole; its steps are: 1, 2, 3$"),
+        (7, r"^\S* has no checkpoint of step 7 that is whole; its steps are: 1, 2, 3$"),
     ):
-        load_run(folder, "cpu", 3)
+        with pytest.raises(ValueError, match=match):
+            load_run(folder, "cpu", which)
+    save_random_run(tmp_path / "unscored", recipe, ["a red square"])
+    with pytest.raises(ValueError, match=r"no checkpoint with a score, which --eval-every gives; its steps are: 0$"):
+        load_run(tmp_path / "unscored", "cpu", "best")
 
     asked = []
 
