@@ -28,6 +28,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 KEPT = 2  # the newest ones; a damaged newest leaves one to fall back on
 Which = int | Literal["newest", "best"]
@@ -64,7 +65,7 @@ class Keeper:
         parts = {"model": model.state_dict(), "optim": _optimizer_tensors(model, optimizer)}
         if ema is not None:
             parts["ema"] = ema
-        shared = any(map(_in_parts, parts["model"].values()))
+        shared = any(isinstance(tensor, DTensor) for tensor in parts["model"].values())
         if shared and self.group is None and dist.get_world_size() > 1:
             raise ValueError("a model in parts is saved by all of its processes: Keeper needs their group")
         if self.rank and not shared:
@@ -202,7 +203,7 @@ def load(
     return state, damaged
 
 
-load_newest = load
+load_newest = load  # as it was called before there was `which`
 
 
 def load_weights(folder: Path) -> tuple[dict[str, Tensor], int, list[str]]:
@@ -253,22 +254,17 @@ def _of_part(checksums: dict[str, int], part: str) -> dict[str, int]:
 # Writing
 
 
-def _in_parts(tensor: Tensor) -> bool:
-    return hasattr(tensor, "placements")  # a DTensor, which takes a second to import
-
-
 def _copy(tensors: dict[str, Tensor], host: dict[str, Tensor], rank: int) -> dict[str, Any]:
     """Copies what this process is to write of some tensors to `host`, where room is made once -> where in its whole
     tensor each begins."""
     offsets: dict[str, list[int]] = {}
     for name, tensor in tensors.items():
-        local = tensor.detach()
-        offset = [0] * tensor.dim()
-        if _in_parts(tensor):
-            [chunk] = local.__create_chunk_list__()  # type: ignore[attr-defined]
-            local, offset = local.to_local(), list(chunk.offsets)  # type: ignore[attr-defined]
-            copies = zip(tensor.device_mesh.get_coordinate(), tensor.placements, strict=True)  # type: ignore[attr-defined]
-            if not local.numel() or any(at and not placement.is_shard() for at, placement in copies):
+        local, offset = tensor.detach(), [0] * tensor.dim()
+        if isinstance(local, DTensor):
+            at, placements = local.device_mesh.get_coordinate(), local.placements
+            [chunk] = local.__create_chunk_list__()
+            local, offset = local.to_local(), list(chunk.offsets)
+            if not local.numel() or any(n and not p.is_shard() for n, p in zip(at or (), placements, strict=True)):
                 continue  # nothing of it is here, or another process has the same
         elif rank:
             continue
@@ -430,7 +426,7 @@ def _fill(files: list[Path], choose: Callable[[dict[str, Tensor]], dict[str, Ten
     if not sharded:
         saved = load_file(files[0])
         targets = choose(saved)
-        if not any(map(_in_parts, targets.values())):
+        if not any(isinstance(target, DTensor) for target in targets.values()):
             with torch.no_grad():
                 for name, target in targets.items():
                     target.copy_(saved[name])
