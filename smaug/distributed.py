@@ -44,6 +44,11 @@ def start(device: torch.device, minutes: float) -> torch.device:
     return device
 
 
+def host_group() -> dist.ProcessGroup | None:
+    """Another group of all processes, over host memory, for a thread that talks beside the training. None if alone."""
+    return dist.new_group(backend="gloo") if ranks() > 1 else None
+
+
 def stop() -> None:
     if ranks() > 1:
         dist.destroy_process_group()

@@ -42,11 +42,11 @@ class Loop:
 
     def __init__(
         self, options: Options, folder: Path, console: Console, way: device.Way, step: Step, engine: nn.Module,
-        update: Update, loader: Loader, totals: dict[str, float], began: float, score: Score,
+        update: Update, keeper: checkpoint.Keeper, loader: Loader, totals: dict[str, float], began: float, score: Score,
         note_skipped: Callable[[list[Skip]], object],
     ) -> None:  # fmt: skip
         self.options, self.folder, self.console, self.way = options, folder, console, way
-        self.step, self.engine, self.update, self.loader = step, engine, update, loader
+        self.step, self.engine, self.update, self.keeper, self.loader = step, engine, update, keeper, loader
         self.began, self.score, self.note_skipped, self.recipe = began, score, note_skipped, step.recipe
         self.number = int(totals["step"])  # steps taken
         self.first = distributed.rank() == 0
@@ -61,8 +61,8 @@ class Loop:
     def train(self, steps: int) -> bool:
         """Trains up to a step; False if Ctrl-C or SIGTERM ended it before. Saves at the end either way."""
         start = self.number
-        saved = start if checkpoint.steps(self.folder / "checkpoints") else -1  # step of the last checkpoint
-        with self._signals(), self._open_log(start) as note:
+        saved = start if checkpoint.steps(self.keeper.folder) else -1  # step of the last checkpoint
+        with self._signals(), self._open_log(start) as note, self._written():
             batches = self.loader.ahead(start, steps)
             with contextlib.closing(batches):
                 logged_at, clips = time.perf_counter(), 0
@@ -81,6 +81,7 @@ class Loop:
                     clips += len(batch)
                     log_now = self.number % self.options.log_every == 0 or self.number == steps
                     if log_now:
+                        self.keeper.check()
                         row = self._read(loss, parts)
                     self.totals["device_seconds"] += time.perf_counter() - before
                     if log_now:
@@ -227,8 +228,19 @@ class Loop:
         self.began = now
         self.note_skipped(self._skips())
         state = {"totals": self.totals_of_all(), "nonfinite": self.update.nonfinite()}
-        if self.first:
-            checkpoint.save(self.folder / "checkpoints", self.number, self.step.model, self.update.optimizer, state)
+        update, model = self.update, self.step.model
+        self.keeper.save(self.number, model, update.optimizer, state, update.ema or None, score)
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """What is being saved is on the disk at the end, whatever ends the loop but a second Ctrl-C."""
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                self.keeper.wait()
+            raise
+        self.keeper.wait()
 
     @contextlib.contextmanager
     def _open_log(self, start: int) -> Iterator[Callable[[dict[str, float]], None]]:

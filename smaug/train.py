@@ -256,13 +256,14 @@ def run(options: Options, size: str, command: str) -> int:
         images = any(sample.kind == "image" for sample in clips.samples)
         engine = distributed.replicate(step, way.device, unused=images or recipe.unmask_last > 0)
     update = Update(model, recipe.optim)
+    keeper = checkpoint.Keeper(folder / "checkpoints", options.keep, distributed.host_group())
     totals: dict[str, float] = {
         "step": 0, "clips": 0, "tokens_computed": 0, "tokens_dense": 0,
         "device_seconds": 0.0, "data_seconds": 0.0, "wall_seconds": 0.0,
     }  # fmt: skip
     samples = [len(clips), clips.fingerprint()]
     if options.resume:
-        totals |= _restore(folder, model, update, console)
+        totals |= _restore(keeper, model, update, console)
         if (was := read_config(folder).get("samples")) not in (None, samples):
             console.print(
                 f"the data are not what they were when the run began: {samples[0]} samples, not {was[0]}, or others, "
@@ -298,7 +299,7 @@ def run(options: Options, size: str, command: str) -> int:
             named[:] = _name_skipped(console, folder / "skipped.txt", [*clips.skipped, *skips])
 
     loop = Loop(
-        options, folder, console, way, step, engine, update, loader, totals, began,
+        options, folder, console, way, step, engine, update, keeper, loader, totals, began,
         score=lambda: score(chosen_on), note_skipped=name_skipped,
     )  # fmt: skip
     try:
@@ -361,15 +362,13 @@ def _begin(model: Model, recipe: Recipe, init: Path | str | None) -> str:
     return ""
 
 
-def _restore(folder: Path, model: Model, update: Update, console: Console) -> dict[str, float]:
+def _restore(keeper: checkpoint.Keeper, model: Model, update: Update, console: Console) -> dict[str, float]:
     """Loads the newest whole checkpoint, if there is any -> the totals at that step."""
-    state, damaged = checkpoint.load_newest(folder / "checkpoints", model, update.optimizer)
+    state, damaged = checkpoint.load(keeper.folder, model, update.optimizer, ema=update.ema or None, group=keeper.group)
     for sentence in damaged:
         console.print(sentence, style="yellow", highlight=False, soft_wrap=True)
     if state is None and damaged:
-        raise ValueError(
-            f"no checkpoint of {folder} can be read. To begin the run again, remove the folder {folder / 'checkpoints'}"
-        )
+        raise ValueError(f"no checkpoint in {keeper.folder} can be read. To begin the run again, remove that folder")
     totals: dict[str, float] = state["totals"] if state else {}
     if state and "nonfinite" in state:
         update.set_nonfinite(state["nonfinite"])
