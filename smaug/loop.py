@@ -63,13 +63,13 @@ class Loop:
         start = self.number
         saved = start if checkpoint.steps(self.keeper.folder) else -1  # step of the last checkpoint
         with self._signals(), self._open_log(start) as note, self._written():
-            batches = self.loader.ahead(start, steps)
+            batches = self.loader.ahead(start, steps, self.way.device)
             with contextlib.closing(batches):
                 logged_at, clips = time.perf_counter(), 0
                 while self.number < steps and not self.stop:
                     waiting = time.perf_counter()
                     try:
-                        batch = next(batches).to(self.way.device)
+                        batch = next(batches)
                     except ManifestError:  # too many bad files; what was learned until then is kept
                         if saved != self.number and distributed.ranks() == 1:
                             self._save()
