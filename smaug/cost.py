@@ -28,8 +28,6 @@ from smaug.objectives.vtm import Vtm
 from smaug.recipe import Recipe
 from smaug.step import keep_rate, video_mask
 
-IN_PARTS = 8192  # pairs whose scores the contrast of several processes holds at a time
-
 # --- what is counted --------------------------------------------------------------------------------------------------
 
 
@@ -45,6 +43,7 @@ class Work:
     saved: float = 0.0  # bytes that the forward keeps for the backward
     weights: float = 0.0  # numbers
     enters: float = 0.0  # bytes of a block's input, all that is kept where the backward computes the block again
+    twice: float = 0.0  # weights of a block that runs in two pieces, for each of which FSDP2 gathers them
     launches: float = 0.0  # kernels that eager PyTorch would start, forward and backward
 
     def __add__(self, other: Work) -> Work:
@@ -275,6 +274,8 @@ def _video(recipe: Recipe, load: Load, p: Precision) -> _Video:
             work += Work(bytes=p.stream * moved, backward_bytes=p.stream * moved, launches=17)
         work += mlp(sequences * (1 + patches + fused), width, video.mlp_ratio, p)
         work += Work(weights=relative, enters=p.stream * sequences * before * width)
+        if leave:  # runs in halves
+            work += Work(enters=p.stream * sequences * (1 + patches + fused) * width, twice=work.weights)
         if relative:  # the bias that is added to the logits
             work += Work(saved=p.stream * sequences * video.heads * before**2, launches=25)
         found[f"video block {number}"] = work
@@ -375,8 +376,8 @@ def _crossing(
         looking = asked if number == config.depth - 1 else rows[0]
         work = self_attention(own, pairs, width, config.heads, p)
         work += cross_attention(looking, keys, looking * seen, width, key_width, config.heads, p)
-        work += mlp(looking, width, config.mlp_ratio, p) + Work(enters=p.stream * own * width)
-        yield f"{name} {number}", work
+        work += mlp(looking, width, config.mlp_ratio, p)
+        yield f"{name} {number}", work + Work(enters=p.stream * (own + looking) * width, twice=work.weights)
     yield f"{name}s' norm", norm(asked, width, p) if config.norm == "pre" else Work()
 
 
@@ -390,7 +391,7 @@ def _head(
             "projections",
             linear(pairs, model.video.width, objective.embed_dim, p) + linear(pairs, width, objective.embed_dim, p),
         )
-        yield "contrast", contrast(pairs, load.world, objective.embed_dim)
+        yield "contrast", contrast(pairs, load.world, objective.embed_dim, objective.part)
     if isinstance(objective, Vtm | Mc):
         texts = load.options if isinstance(objective, Mc) else 1 + min(objective.negatives, pairs)
         launched = 15 if isinstance(objective, Mc) else 45  # the latter with the draw of negatives
@@ -435,7 +436,7 @@ def _head(
             yield name, work if video.removed else Work(weights=work.weights)  # nothing is masked: nothing runs
 
 
-def contrast(pairs: int, world: int, width: int, part: int = IN_PARTS) -> Work:
+def contrast(pairs: int, world: int, width: int, part: int) -> Work:
     """Scores of a process's own pairs, from which negatives are drawn; and their loss. With several processes, or more
     pairs than `part`: its pairs against all pairs both ways, `part` at a time, and once more in the backward."""
     own, every = 2.0 * pairs * pairs * width, 2.0 * pairs * pairs * world * width
@@ -591,9 +592,6 @@ RAW = Clips("H.264 as downloaded, 640 x 360, key frame every 25", 1e6, 2 / 55.5)
 
 CONTEXT = 1e9  # bytes of CUDA's context and libraries; an assumption
 BUCKET = 25e6  # bytes of DDP's buckets
-# Times that FSDP2 gathers a block's weights in a pass: `attend` and `mlp` are entrances of their own, and after each of
-# them it lets go. Counted in one process: 15 in the forward and 14 in the backward for 7 blocks and the root.
-GATHERS = 2
 
 
 @dataclass(frozen=True)
@@ -713,9 +711,10 @@ def step_time(
     if job.gpus > 1:
         gather = 2 * seconds(job.gpus * load.pairs * (8 * embed_dim + 16))  # the contrast's features, and gradients
         if job.shard:  # weights for the forward, once more for the backward, which also scatters gradients
-            once = seconds(GATHERS * weights, GATHERS * blocks)
+            pieces = blocks + sum(work.twice > 0 for work in counted.values())
+            once = seconds(weights + 4 * all_work.twice, pieces)
             scatter = seconds(weights, blocks)
-            first = once / (GATHERS * blocks)  # nothing is computed before it is there
+            first = once / pieces  # nothing is computed before it is there
             spare = backward * once / (once + scatter)
             gather += max(first, once - forward) + max(first, once - spare)
             reduce = max(scatter / blocks, scatter - (backward - spare))
