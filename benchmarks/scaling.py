@@ -277,6 +277,19 @@ def shard_table() -> str:
     )
 
 
+def traffic_table() -> str:
+    body: list[list[object]] = []
+    for size, gpus, shard in (("base", 8, False), ("base", 128, False), ("base", 128, True), ("large", 128, True)):
+        each, job = given(128, gpus), Job(gpus, shard=shard)
+        for name, talk in cost.collectives(cost.parts(load("smaug", size), each), each, job).items():
+            how = f"{size}, {gpus} GPUs, {'FSDP2' if shard else 'DDP'}"
+            seconds = [ms(talk.seconds(gpus, CLUSTERS[kind])) for kind in ("A6000", "A100-80", "H100")]
+            body.append([how, name, talk.kind, f"{talk.count:.0f}", f"{talk.bytes / 1e6:,.0f}", *seconds])
+    return rows_of(
+        "| prediction: `smaug`, 128 pairs a GPU | what | how | how many | MB | A6000 ms | A100-80 ms | H100 ms |", body
+    )
+
+
 def feeding_table() -> str:
     """What keeps a machine of 8 GPUs busy."""
     body: list[list[object]] = []
@@ -481,6 +494,7 @@ def tables() -> dict[str, str]:
         "strong": "\n\n".join(
             scaling_table("smaug", "base", kind, fixed(1024)) for kind in ("4090", "A6000", "A100-80", "H100")
         ),
+        "traffic": traffic_table(),
         "feeding": feeding_table(),
         "memory": memory_table(),
         "shard": shard_table(),

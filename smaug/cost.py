@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from smaug.model.decoder import DecoderConfig
 from smaug.model.fusion import FusionConfig
@@ -172,6 +173,11 @@ def kept(numbers: float, p: Precision) -> Work:
     return Work(saved=p.stream * numbers)
 
 
+def block(rows: float, pairs: float, width: int, heads: int, ratio: float, p: Precision) -> Work:
+    entered = Work(enters=p.stream * rows * width)
+    return total([self_attention(rows, pairs, width, heads, p), mlp(rows, width, ratio, p), entered])
+
+
 def cross_attention(
     rows: float, keys: float, pairs: float, width: int, key_width: int, heads: int, p: Precision
 ) -> Work:
@@ -210,10 +216,7 @@ def parts(recipe: Recipe, load: Load, *, vocabulary: int = 30522, precision: Pre
         ]
     )
     for number in range(text.depth):
-        found[f"text block {number}"] = total(
-            [self_attention(rows, pairs, width, text.heads, p), mlp(rows, width, text.mlp_ratio, p),
-             Work(enters=p.stream * rows * width)]
-        )  # fmt: skip
+        found[f"text block {number}"] = block(rows, pairs, width, text.heads, text.mlp_ratio, p)
     if recipe.model.fusion.depth:
         found |= _fusion(recipe, load, views, video, p)
     for name, objective in recipe.objectives.items():
@@ -281,9 +284,8 @@ def _video(recipe: Recipe, load: Load, p: Precision) -> _Video:
         found[f"video block {number}"] = work
     tokens = 1 + patches + fused
     for number in range(video.temporal_layers):
-        found[f"temporal layer {number}"] = self_attention(
-            sequences, load.pairs * each**2, width, video.heads, p
-        ) + mlp(sequences, width, video.mlp_ratio, p)
+        pairs = load.pairs * each**2
+        found[f"temporal layer {number}"] = block(sequences, pairs, width, video.heads, video.mlp_ratio, p)
     # what the last norm gives is read by the fusion encoder and the heads
     found["video norm"] = norm(sequences * tokens, width, p) + kept(sequences * tokens * width, p)
     removed = (load.pairs * times * video.patches - kept_rows) // sequences
@@ -433,7 +435,7 @@ def _head(
             yield "vocabulary", classes(begun, width, vocabulary, p)
     if isinstance(objective, Mvm):
         for name, work in _decoder(objective.decoder, model.video, video, p):
-            yield name, work if video.removed else Work(weights=work.weights)  # nothing is masked: nothing runs
+            yield name, work if video.removed else Work(weights=work.weights)  # nothing is masked, nothing runs
 
 
 def contrast(pairs: int, world: int, width: int, part: int) -> Work:
@@ -479,10 +481,7 @@ def _decoder(
     yield "entrance", enter + (norm(enters, video.width, p) if config.cls else Work())
     for number in range(config.depth):
         if number < config.depth - 1:
-            yield (
-                f"block {number}",
-                self_attention(rows, rows * length, width, config.heads, p) + mlp(rows, width, config.mlp_ratio, p),
-            )
+            yield f"block {number}", block(rows, rows * length, width, config.heads, config.mlp_ratio, p)
             continue
         end = total(
             [
@@ -492,7 +491,7 @@ def _decoder(
                 linear(asked, width, width, p), pointwise(asked * width, p, reads=2),
             ]
         )  # fmt: skip
-        yield f"block {number}", end + mlp(asked, width, config.mlp_ratio, p)
+        yield f"block {number}", end + mlp(asked, width, config.mlp_ratio, p) + Work(enters=p.stream * rows * width)
     yield "pixels", norm(asked, width, p) + linear(asked, width, pixels, p) + Work(
         bytes=(p.stream + 1 + 4) * asked * pixels, backward_bytes=(p.stream + 4) * asked * pixels,
         saved=4 * asked * pixels,  # the difference
@@ -632,6 +631,37 @@ def checkpoint_bytes(counted: Mapping[str, Work]) -> float:
     return 12 * total(counted.values()).weights
 
 
+@dataclass(frozen=True)
+class Collective:
+    kind: Literal["all-gather", "reduce-scatter", "all-reduce"]
+    bytes: float  # of the whole, on each GPU before or after, in all `count` of them
+    count: float = 1
+
+    def seconds(self, gpus: int, cluster: Cluster) -> float:
+        once = self.count * ring(self.bytes / self.count, gpus, cluster)
+        return 2 * once if self.kind == "all-reduce" else once
+
+
+def collectives(counted: Mapping[str, Work], load: Load, job: Job, embed_dim: int = 128) -> dict[str, Collective]:
+    """What GPUs tell each other in a step; nothing if there is one. Weights and gradients travel in fp32."""
+    if job.gpus == 1:
+        return {}
+    works, blocks = total(counted.values()), len(_blocks(counted)) + 1
+    features = job.gpus * load.pairs * 8 * embed_dim
+    found = {
+        "features": Collective("all-gather", features + job.gpus * load.pairs * 16),  # and keys of videos and captions
+        "features' gradients": Collective("reduce-scatter", features),
+    }
+    if job.shard:
+        pieces = blocks + sum(work.twice > 0 for work in counted.values())
+        gathered = Collective("all-gather", 4 * (works.weights + works.twice), pieces)
+        found |= {"weights, forward": gathered, "weights, backward": gathered}
+        found["gradients"] = Collective("reduce-scatter", 4 * works.weights, blocks)
+    else:
+        found["gradients"] = Collective("all-reduce", 4 * works.weights, max(1.0, 4 * works.weights / BUCKET))
+    return found
+
+
 def ring(size: float, gpus: int, cluster: Cluster) -> float:
     """Seconds of an all-gather to `size` bytes a GPU, or of a reduce-scatter of as many; an all-reduce is both. First
     among machines, each GPU with its share on its share of the adapters, then inside; alpha-beta model."""
@@ -700,32 +730,26 @@ def step_time(
     the host that starts its kernels one by one, as it does without compiled blocks and CUDA graphs.
     """
     forward, backward, optimiser = computing(counted, cluster.device, job, efficiency)
-    all_work = total(counted.values())
-    weights, blocks = 4 * all_work.weights, len(_blocks(counted)) + 1
+    talks = collectives(counted, load, job, embed_dim)
+    takes = {name: talk.seconds(job.gpus, cluster) for name, talk in talks.items()}
+    one = {name: takes[name] / talk.count for name, talk in talks.items()}  # nothing hides the first, or the last
     gather = reduce = 0.0
-
-    def seconds(size: float, count: float = 1) -> float:
-        """Of `count` collectives of `size` bytes in all."""
-        return count * ring(size / count, job.gpus, cluster)
-
-    if job.gpus > 1:
-        gather = 2 * seconds(job.gpus * load.pairs * (8 * embed_dim + 16))  # the contrast's features, and gradients
-        if job.shard:  # weights for the forward, once more for the backward, which also scatters gradients
-            pieces = blocks + sum(work.twice > 0 for work in counted.values())
-            once = seconds(weights + 4 * all_work.twice, pieces)
-            scatter = seconds(weights, blocks)
-            first = once / pieces  # nothing is computed before it is there
-            spare = backward * once / (once + scatter)
-            gather += max(first, once - forward) + max(first, once - spare)
-            reduce = max(scatter / blocks, scatter - (backward - spare))
+    if talks:
+        gather = takes["features"] + takes["features' gradients"]
+        hidden = backward
+        if job.shard:
+            # in the backward weights come and gradients leave on one link: each hides behind its share of the time
+            come, leave = takes["weights, backward"], takes["gradients"]
+            hidden = backward * leave / (come + leave)
+            gather += max(one["weights, forward"], takes["weights, forward"] - forward)
+            gather += max(one["weights, backward"], come - (backward - hidden))
         else:
-            buckets = max(1.0, weights / BUCKET)
-            both = 2 * seconds(weights, buckets)
-            reduce = max(both / buckets, both - backward * (1 - 1 / buckets))
+            hidden *= 1 - 1 / talks["gradients"].count
+        reduce = max(one["gradients"], takes["gradients"] - hidden)
     inside = min(job.gpus, cluster.per_machine)
     on_machine, part = load.pairs * inside, inside / cluster.per_machine
     return StepTime(
-        compute=max(forward + backward + optimiser, all_work.launches * launch),
+        compute=max(forward + backward + optimiser, total(counted.values()).launches * launch),
         gather=gather,
         reduce=reduce,
         decode=on_machine * clips.core_seconds / (cluster.cores * part),  # a GPU's share of the cores

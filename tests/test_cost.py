@@ -158,7 +158,7 @@ def kept_for_the_backward(recipe, batch, bf16):
     return sum(found.values())
 
 
-@pytest.mark.parametrize("name", ["smaug", "dense", "mac"])
+@pytest.mark.parametrize("name", ["smaug", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dense", "mac"))])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_activations_are_what_autograd_keeps(name, bf16):
     recipe = load(name)
@@ -168,7 +168,7 @@ def test_activations_are_what_autograd_keeps(name, bf16):
     assert predicted.saved == pytest.approx(kept_for_the_backward(recipe, batch, bf16), rel=0.04)
 
 
-@pytest.mark.parametrize("name", ["smaug", "dense", "mac"])
+@pytest.mark.parametrize("name", ["smaug", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dense", "mac"))])
 def test_launches_are_those_that_the_benchmark_counts(name):
     recipe = load(name)
     batch = batch_of(recipe, 4, device="cpu")
@@ -226,6 +226,25 @@ def test_where_scaling_stops():
     assert found(128, 8, A100, clips=cost.Clips("huge", 1e9, 0.0)).limit == "storage"
     slow = found(1, 1, A100, launch=1e-3)
     assert slow.compute == pytest.approx(1e-3 * cost.total(cost.parts(recipe, cost.Load(1)).values()).launches)
+
+
+def test_what_travels():
+    """4 bytes a weight: an all-reduce; or two all-gathers, of what runs in two pieces twice, and a reduce-scatter."""
+    counted = cost.parts(load("smaug", "base"), cost.Load(16, world=8))
+    weights = cost.total(counted.values()).weights
+    assert cost.collectives(counted, cost.Load(16), cost.Job(1)) == {}
+    ddp, fsdp = (cost.collectives(counted, cost.Load(16), cost.Job(8, shard=s), 128) for s in (False, True))
+    assert ddp["gradients"].bytes == fsdp["gradients"].bytes == 4 * weights
+    assert ddp["features"].bytes == 8 * 16 * (2 * 128 * 4 + 16)
+    assert ddp["gradients"].seconds(8, A100) == 2 * ddp["gradients"].count * cost.ring(cost.BUCKET, 8, A100)
+    pruned_and_fused = sum(w.weights for n, w in counted.items() if n in PIECES)
+    assert fsdp["weights, forward"].bytes == 4 * (weights + pruned_and_fused) and len(PIECES) == 6
+    # counted on one process at tiny: 11 gathers in the forward for 8 blocks, one pruned, one of the fusion encoder
+    tiny = cost.parts(load("smaug"), cost.Load(16))
+    assert cost.collectives(tiny, cost.Load(16), cost.Job(2, shard=True))["weights, forward"].count == 11
+
+
+PIECES = [f"video block {n}" for n in (3, 6, 9)] + [f"fusion block {n}" for n in range(3)]
 
 
 def test_fsdp_moves_more_than_ddp_and_needs_less_memory():
