@@ -248,7 +248,7 @@ def test_the_copies_use_the_same_memory_again(tmp_path):
         train(model, optimizer, 1)
         keeper.save(step, model, optimizer, {}, ema=dict(model.named_parameters()) if step < 3 else None)
         keeper.wait()
-        rooms.append({(p, k): t.data_ptr() for p, tensors in keeper.host.items() for k, t in tensors.items()})
+        rooms.append({(p, k): t.data_ptr() for p, pieces in keeper.host.items() for k, (t, _) in pieces.items()})
     assert rooms[0] == rooms[1] and len(rooms[0]) == 8 + 7 * 3 + 7
     assert rooms[2] == {key: at for key, at in rooms[0].items() if key[0] != "ema"}
     assert not (tmp_path / "step-3/ema.safetensors").exists()
