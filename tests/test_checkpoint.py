@@ -266,7 +266,7 @@ def test_the_loop_hears_of_a_failed_write_once(three, monkeypatch, hear):
     keeper.save(4, model, optimizer, {})
     keeper.thread.join(30)
     with pytest.raises(
-        OSError, match=r"^step 4 could not be saved, earlier .* whole: .*No space left.*step|'$"
+        OSError, match=r"^step 4 could not be saved, earlier checkpoints are whole: .*No space left"
     ) as told:
         keeper.save(5, model, optimizer, {}) if hear == "save" else getattr(keeper, hear)()
     assert told.value.__cause__ is full and "\n" not in str(told.value) and files(folder) == before
@@ -327,11 +327,9 @@ def test_averaged_weights(tmp_path):
     assert (step, damaged) == (2, []) and weights.keys() == model.state_dict().keys()
     for found in (other.state_dict(), weights):
         assert all(torch.equal(found[name], ema[name]) for name in ema) and found["seen"].tolist() == [1, 1, 1]
-    marks = {checkpoint.fingerprint(tmp_path, 2), hashlib.sha256((tmp_path / "step-2/ema.safetensors").read_bytes())
-             .hexdigest()[:16]}  # fmt: skip
-    assert len(marks) == 1 and checkpoint.weights_crc32(tmp_path, 2) == zlib.crc32(
-        (tmp_path / "step-2/ema.safetensors").read_bytes()
-    )
+    data = (tmp_path / "step-2/ema.safetensors").read_bytes()
+    assert checkpoint.fingerprint(tmp_path, 2) == hashlib.sha256(data).hexdigest()[:16]
+    assert checkpoint.weights_crc32(tmp_path, 2) == zlib.crc32(data)
     with pytest.raises(ValueError, match="does not fit the averaged weights: it lacks teacher"):
         checkpoint.load(tmp_path, other, ema={"teacher": torch.zeros(1)})
     flip(tmp_path / "step-2/ema.safetensors", -1)
