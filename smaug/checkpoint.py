@@ -201,9 +201,6 @@ def load(
     return state, damaged
 
 
-load_newest = load  # as it was called before there was `which`
-
-
 def load_weights(folder: Path) -> tuple[dict[str, Tensor], int, list[str]]:
     """The weights of the newest whole checkpoint, averaged ones where it has them, on the CPU; its step; a sentence for
     each damaged one. Raises ValueError if there is none."""
