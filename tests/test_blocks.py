@@ -175,5 +175,4 @@ def test_recomputing_saves_memory():
 
         step()  # gradients are there from now on, and added to: they are not counted
         peaks.append(peak_memory(step, torch.device("cpu")))
-    print(peaks)
     assert peaks[1] < peaks[0] / 2, peaks
