@@ -63,13 +63,13 @@ class Loop:
         start = self.number
         saved = start if checkpoint.steps(self.keeper.folder) else -1  # step of the last checkpoint
         with self._signals(), self._open_log(start) as note, self._written():
-            batches = self.loader.ahead(start, steps)
+            batches = self.loader.ahead(start, steps, self.way.device)
             with contextlib.closing(batches):
                 logged_at, clips = time.perf_counter(), 0
                 while self.number < steps and not self.stop:
                     waiting = time.perf_counter()
                     try:
-                        batch = next(batches).to(self.way.device)
+                        batch = next(batches)
                     except ManifestError:  # too many bad files; what was learned until then is kept
                         if saved != self.number and distributed.ranks() == 1:
                             self._save()
@@ -281,13 +281,19 @@ class Loop:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM finish the step, or with several processes those up to the next log line; a second one
-        does not wait."""
+        """Ctrl-C and SIGTERM finish the step, or with several processes those up to the next log line. A second
+        Ctrl-C does not wait; at once it would be torchrun's, which passes on to each what all have heard."""
+
+        first = 0.0  # seconds; of the first signal
 
         def ask(number: int, frame: object) -> None:
+            nonlocal first
+            now = time.monotonic()
             if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
+                if number == signal.SIGINT and now - first > 1:
+                    raise KeyboardInterrupt
+                return
+            first, self.asked = now, True
             self.console.print("finishing the step and saving; once more to stop at once")
 
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -24,6 +24,7 @@ from torch import nn
 import smaug
 from smaug import checkpoint, device, distributed, pretrained
 from smaug import recipe as recipes
+from smaug.blocks import checkpoint_blocks, compile_blocks
 from smaug.data.clips import Clips
 from smaug.data.journal import one_line
 from smaug.data.manifest import ManifestError, Skip
@@ -73,6 +74,8 @@ class Options:
     keep: int = 2  # newest checkpoints that are kept
     eval_every: int = 0  # steps; scores on the val split, and keeps the best checkpoint, too; 0: only at the end
     log_every: int = 10  # steps; losses are read from the device only then
+    compile: Literal["auto", "yes", "no"] = "auto"  # transformer blocks by torch.compile; auto: with --fast on a GPU
+    checkpoint_blocks: bool = False  # blocks are computed again in the backward, for much less memory
     micro_batch: int = 0  # pairs of a process that are encoded at once, for less memory; 0: all
     max_nonfinite: int = 10  # steps in a row that may be skipped since their gradients are not finite
     shard: bool = False  # with torchrun: each process holds a part of the weights (FSDP2), not all (DDP)
@@ -248,6 +251,10 @@ def run(options: Options, size: str, command: str) -> int:
     start = "" if options.resume and checkpoint.steps(folder / "checkpoints") else _begin(model, recipe, init)
     if start:
         console.print(start, highlight=False, soft_wrap=True)
+    if options.compile == "yes" or (options.compile == "auto" and options.fast and way.device.type == "cuda"):
+        compile_blocks(model)
+    if options.checkpoint_blocks:
+        checkpoint_blocks(model)
     step = Step(model, recipe)
     engine: nn.Module = step
     if ranks > 1 and options.shard:
