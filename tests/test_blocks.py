@@ -112,7 +112,7 @@ def test_the_reference_is_not_compiled():
 def test_without_a_compiler_it_says_so(monkeypatch):
     recipe, _, tokenizer = made("mac")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler.*install one"):
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler.*install one"):
         compile_blocks(model_of(recipe, tokenizer, "auto"))
 
 
