@@ -2,16 +2,23 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from smaug import device
+from smaug.recipe import load, names
+from smaug.run import build
+from smaug.step import training_step
 from smaug.testing import relative_error
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import attention_on_cpu, plots
+from benchmarks import attention_on_cpu, bench_train_step, parts, plots
 from benchmarks.attention_rivals import HEADS, PROVIDERS, WIDTH, Unavailable, lengths_of
+from benchmarks.timing import Stopwatch
 
 del sys.path[0]  # or transformers would take our folder `kernels` for its own package
 
@@ -69,3 +76,82 @@ def test_pictures(tmp_path, capsys):
     for bad in ("empty.json", "not there.json"):
         with pytest.raises(SystemExit, match=f"{bad} is no file that"):
             plots.main(tmp_path / bad, tmp_path)
+
+
+@pytest.mark.parametrize("name", [*names(), "qa decoder"])
+def test_a_batch_of_noise_for_every_recipe(name):
+    recipe = load(name.split()[0])
+    if "decoder" in name:
+        recipe = replace(recipe, objectives={"answer": replace(recipe.objectives["answer"], by="decoder")})
+    batch = bench_train_step.batch_of(recipe, 3, torch.device("cpu"))
+    loss, each = training_step(build(recipe, bench_train_step.VOCABULARY, "auto"), recipe, batch)
+    assert len(batch) == 3 and loss.isfinite() and all(part > 0 for part in each.values())
+    assert (batch.options is not None and batch.options.num_sequences == 15) == (name == "mc")
+    assert (batch.begun is not None) == ("decoder" in name)
+    assert (batch.answers >= 0).all()  # each is in the list
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def test_parts(monkeypatch):
+    """Of a linear layer, and a product outside of it."""
+    monkeypatch.setattr(parts, "PARTS", {"toy": (Toy, "forward")})
+    toy, x, y = Toy(), torch.randn(4, 16, requires_grad=True), torch.randn(8, 2)
+    optimizer = torch.optim.AdamW(toy.parameters(), fused=True)
+
+    def step():
+        (toy(x) @ y).sum().backward()
+        optimizer.step()
+
+    whole, forward = parts.flops(step)
+    inside, outside = 2 * 4 * 16 * 8, 2 * 4 * 8 * 2
+    assert forward == {"toy": inside} and whole == 3 * inside + 2 * outside  # y needs no gradient
+    found = parts.times(step, 1, torch.device("cpu"))
+    want = {("forward", "toy"), ("forward", "rest"), ("backward", "toy"), ("backward", "rest"), ("optimizer",) * 2}
+    assert set(found) == want and all(time > 0 for time in found.values())
+
+
+def test_stopwatch():
+    moments = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0, 28.0, 36.0])
+    watch = Stopwatch(torch.device("cpu"), lambda: next(moments))  # 0
+    with watch.phase("outer"), watch.phase("inner"):  # 1, 3; and back at 6, 10
+        pass
+    assert watch.read() == {"rest": 1 + 5, "outer": 2 + 4, "inner": 3}  # 15
+    with pytest.raises(KeyError), watch.phase("outer"):  # 21 to 28
+        raise KeyError
+    assert watch.read() == {"rest": 6 + 8, "outer": 7}  # 36
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["bench_train_step", *arguments])
+    return bench_train_step.main()
+
+
+def test_a_step_in_numbers(monkeypatch, capsys):
+    monkeypatch.setattr(device, "matrix_rate", lambda way: 2e9)
+    arguments = ("--recipe", "mac", "--pairs", "2", "--model.video.depth", "1", "--seconds", "0.01", "--json", "-")
+    assert command(monkeypatch, *arguments) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["clips_per_second"] == pytest.approx(2 / found["seconds"])
+    assert found["utilisation"] == pytest.approx(found["flops"] / found["seconds"] / 2e9)
+    assert found["tokens_kept"] < 0.6 and found["launches"] > 100 and found["peak_bytes"] > 1e5
+    assert list(found["phases"]) == ["rest", "copying", "forward", "backward", "optimizer"]
+    for phase, within in found["parts"].items():
+        assert set(within) == {"video encoder", "text encoder", "vtc", "rest"}
+        assert sum(within.values()) == pytest.approx(found["phases"][phase])
+    # Weights and what AdamW keeps: two moments, and a number for each of its tensors.
+    assert found["resident_bytes"] == pytest.approx(12 * found["parameters"], rel=1e-3)
+
+
+def test_a_step_that_cannot_be(monkeypatch, capsys):
+    assert command(monkeypatch, "--recipe", "smog") == 1
+    assert "there is no recipe 'smog'; did you mean 'smaug'?" in capsys.readouterr().err
+    assert command(monkeypatch, "--pairs", "0") == 1
+    assert "--pairs must be at least 1" in capsys.readouterr().err
