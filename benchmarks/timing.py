@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -84,6 +86,31 @@ class Stopwatch:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+@contextlib.contextmanager
+def in_phases(watch: Stopwatch, **calls: tuple[Any, str]) -> Iterator[None]:
+    """While it is on, these calls, each (owner, name), run in the phase of their keyword, every backward in "backward",
+    and what AdamW does in "optimizer": whatever loop makes them, and however they lie in each other."""
+
+    def entered(phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            with watch.phase(phase):
+                return call(*args, **kwargs)
+
+        return inner
+
+    timed = [
+        *((phase, *where) for phase, where in calls.items()),
+        ("backward", torch.autograd, "backward"),  # Tensor.backward calls it
+        ("optimizer", torch.optim.AdamW, "step"),
+        ("optimizer", torch.optim.AdamW, "zero_grad"),
+    ]
+    with contextlib.ExitStack() as patches:
+        for phase, owner, name in timed:
+            patches.enter_context(mock.patch.object(owner, name, entered(phase, getattr(owner, name))))
+        yield
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> int:
