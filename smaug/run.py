@@ -114,6 +114,24 @@ def with_answers(recipe: Recipe, clips: Clips) -> Recipe:
     return replace(recipe, objectives=objectives)
 
 
+def with_pools(recipe: Recipe, pairs: int, processes: int, begins: bool) -> Recipe:
+    """The recipe with the pools of negatives of a run by several processes, of `pairs` each: those that it begins with.
+
+    They stay as they are when the run goes on with fewer. With more it cannot, since nobody would have all of a pool.
+    """
+    objectives = dict(recipe.objectives)
+    for name, objective in objectives.items():
+        if isinstance(objective, Vtm) and processes > 1:
+            among = objective.among or (pairs if begins else pairs * processes)
+            if pairs % among:
+                raise ValueError(
+                    f"negatives are drawn among {among} pairs, and each of {processes} processes has {pairs}, which is "
+                    f"no multiple. Use fewer processes, or begin a run with --objectives.{name}.among {pairs}"
+                )
+            objectives[name] = replace(objective, among=among)
+    return replace(recipe, objectives=objectives)
+
+
 def start_from(model: Model, made: Recipe, folder: Path) -> str:
     """Loads what fits of another run's newest checkpoint -> a sentence that names what did not, and what stays new.
 
@@ -157,8 +175,8 @@ def start_from(model: Model, made: Recipe, folder: Path) -> str:
     return said
 
 
-def open_loader(recipe: Recipe, clips: Clips, tokenizer: Tokenizer) -> Loader:
-    """Training batches with the words masked that the recipe's contrast and its mlm ask for."""
+def open_loader(recipe: Recipe, clips: Clips, tokenizer: Tokenizer, rank: int = 0, ranks: int = 1) -> Loader:
+    """Training batches, or a process' share of them, with the words masked that the contrast and mlm ask for."""
     return Loader(
         clips,
         tokenizer,
@@ -172,6 +190,8 @@ def open_loader(recipe: Recipe, clips: Clips, tokenizer: Tokenizer) -> Loader:
         answers=next((o.answers for o in recipe.objectives.values() if isinstance(o, Answer)), ()),
         spell=any(isinstance(o, Answer) and o.by == "decoder" for o in recipe.objectives.values()),
         seed=recipe.seed,
+        rank=rank,
+        ranks=ranks,
     )
 
 

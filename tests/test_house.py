@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: list[set[str]] = [
     {"kernels"},
     {"tokens", "ops"},
-    {"model", "masks", "data"},
+    {"model", "masks", "data", "distributed"},
     {"objectives", "optim"},
     {"recipe"},
     {"recipes"},
-    {"step"},
-    {"train", "run", "embed", "evaluate", "device", "checkpoint", "metrics", "distributed", "cost", "ledger"}
+    {"step", "micro_batches"},
+    {"train", "loop", "run", "embed", "evaluate", "device", "checkpoint", "metrics", "cost", "ledger"}
     | {"pretrained", "report", "doctor", "search", "visualise", "integrations", "testing"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -53,6 +53,8 @@ class Batch:
     epoch: int
     step: int
     names: tuple[str, ...]
+    first: int = 0  # place of this process' first pair in the batch of all
+    places: Tensor | None = None  # (B,) int64, places of the pairs in that batch as they were drawn; None: in order
     options: PackedTokens | None = None  # of multiple choices: as many texts in a row for each clip
     answers: Tensor = NO_ANSWERS  # (B,) int64, number of the right option, or in the list of answers; -100: not in it
     # For a decoder of answers, see `text.beginnings`: n of them, the word after each, and whose each is, (n,) int64.
@@ -84,6 +86,7 @@ class Batch:
             begun_of=move(self.begun_of),
             video_keys=move(self.video_keys),
             caption_keys=move(self.caption_keys),
+            places=None if self.places is None else move(self.places),
         )
 
 
@@ -164,8 +167,10 @@ class Loader:
         order, epoch, first = self._draw(step)
         own = self.size // self.ranks
         first += self.rank * own
-        read = self._read(order, range(first, first + own), epoch)
-        read.sort(key=lambda pair: pair[1].shape[0], reverse=True)  # stable: videos, then images
+        drawn_at = enumerate(self._read(order, range(first, first + own), epoch), self.rank * own)
+        # stable: videos, then images
+        ordered = sorted(drawn_at, key=lambda drawn: drawn[1][1].shape[0], reverse=True)
+        read = [pair for _, pair in ordered]
         numbers = [number for number, _ in read]
 
         groups: list[VisualGroup] = []
@@ -227,6 +232,9 @@ class Loader:
             epoch=epoch,
             step=step,
             names=tuple(self.clips.samples[n].name for n in numbers),
+            first=self.rank * own,
+            # In order where all clips are of one kind, which the step then need not ask about.
+            places=None if len(groups) == 1 else torch.tensor([place for place, _ in ordered]),
             options=options,
             answers=right,
             begun=begun,
