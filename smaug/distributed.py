@@ -34,9 +34,19 @@ def start(device: torch.device, minutes: float) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    patience = timedelta(minutes=minutes)
+    store, number, size = next(dist.rendezvous("env://", timeout=patience))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun on one machine keeps its store when it starts the processes again, with the addresses of the dead.
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=patience)
     return device
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """Another group of all processes, over host memory, for a thread that talks beside the training. None if alone."""
+    return dist.new_group(backend="gloo") if ranks() > 1 else None
 
 
 def stop() -> None:

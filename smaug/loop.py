@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from smaug import checkpoint, device, distributed
 from smaug.data.loader import Batch, Loader
-from smaug.data.manifest import ManifestError
+from smaug.data.manifest import ManifestError, Skip
 from smaug.micro_batches import backward_in_parts
 from smaug.optim import Update, learning_rate
 from smaug.recipe import Recipe
@@ -41,11 +42,12 @@ class Loop:
 
     def __init__(
         self, options: Options, folder: Path, console: Console, way: device.Way, step: Step, engine: nn.Module,
-        update: Update, loader: Loader, totals: dict[str, float], began: float, score: Score,
+        update: Update, keeper: checkpoint.Keeper, loader: Loader, totals: dict[str, float], began: float, score: Score,
+        note_skipped: Callable[[list[Skip]], object],
     ) -> None:  # fmt: skip
         self.options, self.folder, self.console, self.way = options, folder, console, way
-        self.step, self.engine, self.update, self.loader = step, engine, update, loader
-        self.began, self.score, self.recipe = began, score, step.recipe
+        self.step, self.engine, self.update, self.keeper, self.loader = step, engine, update, keeper, loader
+        self.began, self.score, self.note_skipped, self.recipe = began, score, note_skipped, step.recipe
         self.number = int(totals["step"])  # steps taken
         self.first = distributed.rank() == 0
         # Each process counts its own; what a resumed run has behind it is the first one's.
@@ -54,20 +56,20 @@ class Loop:
         self.asked = self.stop = False  # to stop; agreed on by all
         remembered = max(options.log_every, options.max_nonfinite)
         self.names: collections.deque[tuple[int, tuple[str, ...]]] = collections.deque(maxlen=remembered)
-        self.skipped = 0.0
+        self.nonfinite = update.nonfinite()[0]
 
     def train(self, steps: int) -> bool:
         """Trains up to a step; False if Ctrl-C or SIGTERM ended it before. Saves at the end either way."""
         start = self.number
-        saved = start if checkpoint.steps(self.folder / "checkpoints") else -1  # step of the last checkpoint
-        with self._signals(), self._open_log(start) as note:
-            batches = self.loader.ahead(start, steps)
+        saved = start if checkpoint.steps(self.keeper.folder) else -1  # step of the last checkpoint
+        with self._signals(), self._open_log(start) as note, self._written():
+            batches = self.loader.ahead(start, steps, self.way.device)
             with contextlib.closing(batches):
                 logged_at, clips = time.perf_counter(), 0
                 while self.number < steps and not self.stop:
                     waiting = time.perf_counter()
                     try:
-                        batch = next(batches).to(self.way.device)
+                        batch = next(batches)
                     except ManifestError:  # too many bad files; what was learned until then is kept
                         if saved != self.number and distributed.ranks() == 1:
                             self._save()
@@ -79,6 +81,7 @@ class Loop:
                     clips += len(batch)
                     log_now = self.number % self.options.log_every == 0 or self.number == steps
                     if log_now:
+                        self.keeper.check()
                         row = self._read(loss, parts)
                     self.totals["device_seconds"] += time.perf_counter() - before
                     if log_now:
@@ -183,13 +186,13 @@ class Loop:
         return row
 
     def _judge_skipped(self, row: dict[str, float]) -> None:
-        if row["nonfinite_steps"] > self.skipped:
+        if row["nonfinite_steps"] > self.nonfinite:
             self.console.print(
                 f"step {self.number}: {row['nonfinite_steps']:.0f} steps so far were left out, since their gradients "
                 "were not finite",
                 style="yellow", highlight=False, soft_wrap=True,
             )  # fmt: skip
-            self.skipped = row["nonfinite_steps"]
+            self.nonfinite = row["nonfinite_steps"]
         in_a_row = int(row["in_a_row"])
         if in_a_row < self.options.max_nonfinite:
             return
@@ -215,13 +218,29 @@ class Loop:
         self.console.print(f"step {self.number}  {name} {score:.1%}", highlight=False)
         return {"step": self.number, **found}
 
+    def _skips(self) -> list[Skip]:
+        """What could not be decoded so far, of all processes."""
+        return [skip for several in distributed.collect(list(self.loader.skipped.values())) for skip in several]
+
     def _save(self, score: float | None = None) -> None:
         now = time.perf_counter()
         self.totals["wall_seconds"] += now - self.began
         self.began = now
-        state = {"totals": self.totals_of_all()}
-        if self.first:
-            checkpoint.save(self.folder / "checkpoints", self.number, self.step.model, self.update.optimizer, state)
+        self.note_skipped(self._skips())
+        state = {"totals": self.totals_of_all(), "nonfinite": self.update.nonfinite()}
+        update, model = self.update, self.step.model
+        self.keeper.save(self.number, model, update.optimizer, state, update.ema or None, score)
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """What is being saved is on the disk at the end, whatever ends the loop but a second Ctrl-C."""
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                self.keeper.wait()
+            raise
+        self.keeper.wait()
 
     @contextlib.contextmanager
     def _open_log(self, start: int) -> Iterator[Callable[[dict[str, float]], None]]:
@@ -240,7 +259,9 @@ class Loop:
 
             def note(row: dict[str, float]) -> None:
                 if len(row) > 1:
-                    log.write(json.dumps(row) + "\n")
+                    # what is no number is no JSON either
+                    finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+                    log.write(json.dumps(finite) + "\n")
                     log.flush()
                     for key, value in row.items():
                         board.add_scalar(key, value, row["step"])

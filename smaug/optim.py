@@ -63,6 +63,13 @@ class Update:
         if config.ema:
             self.ema = {name: p.detach().clone() for name, p in zip(names, self.parameters, strict=True)}
 
+    def nonfinite(self) -> list[float]:
+        """Steps left out in all, and in a row up to now. Reads the device."""
+        return torch.stack([self.skipped, self.in_a_row]).tolist()
+
+    def set_nonfinite(self, numbers: list[float]) -> None:
+        self.skipped, self.in_a_row = torch.tensor(numbers, device=self.skipped.device).unbind()
+
     @torch.no_grad()
     def __call__(self, step: int) -> None:
         for group in self.optimizer.param_groups:
@@ -70,7 +77,7 @@ class Update:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self.norm = whole(nn.utils.get_total_norm(gradients))
         bad = (~torch.isfinite(self.norm)).float()
-        self.skipped += bad
+        self.skipped = self.skipped + bad
         self.in_a_row = (self.in_a_row + 1) * bad
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]
         scale = (self.norm / self.config.clip).clamp(min=1) if self.config.clip else None

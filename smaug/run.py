@@ -44,16 +44,24 @@ class Run:
     batch: int  # pairs a step that it was trained with
 
 
-def load_run(folder: Path, device: str = "auto") -> Run:
-    """The newest whole checkpoint of a run, in the precision of its training."""
+def load_run(folder: Path, device: str = "auto", which: checkpoint.Which = "newest") -> Run:
+    """The newest whole checkpoint of a run, the best one, or that of a step, in the precision of its training; with its
+    averaged weights if it has them. Says on stderr which damaged ones it passed over."""
     config = read_config(folder)
     saved = recipe.from_json(config["recipe"])
     way = choose(config["fast"], device)
     tokenizer = read_tokenizer(folder)
     model = build(saved, tokenizer.get_vocab_size(), way.impl).to(way.device)
-    state, damaged = checkpoint.load_newest(folder / "checkpoints", model)
+    checkpoints = folder / "checkpoints"
+    state, damaged = checkpoint.load(checkpoints, model, ema=model.state_dict(), which=which)
     if state is None:
-        raise ValueError(" ".join([*damaged, f"{folder} has no checkpoint to evaluate; train it first"]))
+        lacks = f"{folder} has no checkpoint to evaluate; train it first"
+        if which != "newest":
+            asked = "with a score, which --eval-every gives" if which == "best" else f"of step {which} that is whole"
+            there = ", ".join(map(str, checkpoint.steps(checkpoints))) or "none"
+            lacks = f"{folder} has no checkpoint {asked}; its steps are: {there}"
+        raise ValueError(" ".join([*damaged, lacks]))
+    warn(damaged)
     clips = state.get("totals", {}).get("clips", 0)
     return Run(saved, model, tokenizer, way, state["step"], round(clips / max(1, state["step"])) or saved.data.batch)
 
@@ -139,7 +147,8 @@ def start_from(model: Model, made: Recipe, folder: Path) -> str:
     of answers keep the weights of the same answers. A decoder of answers starts from the fusion encoder, as
     Singularity's does (Lei et al. 2023, appendix). `made` is the recipe that the model was built from.
     """
-    saved, step = checkpoint.load_weights(folder / "checkpoints")
+    saved, step, damaged = checkpoint.load_weights(folder / "checkpoints")
+    warn(damaged)
     own = model.state_dict()
     before, kept_answers = recipe.from_json(read_config(folder)["recipe"]).objectives, ""
     for name, head in model.heads.items():
@@ -247,6 +256,12 @@ def write(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.aside")
     aside.write_text(text)
     os.replace(aside, path)
+
+
+def warn(sentences: Iterable[str]) -> None:
+    """Tells a person what a command goes on without."""
+    for sentence in sentences:
+        Console(stderr=True).print(f"[yellow]smaug:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
 
 
 def refuse(error: Exception) -> int:

@@ -24,9 +24,10 @@ from torch import nn
 import smaug
 from smaug import checkpoint, device, distributed, pretrained
 from smaug import recipe as recipes
+from smaug.blocks import checkpoint_blocks, compile_blocks
 from smaug.data.clips import Clips
 from smaug.data.journal import one_line
-from smaug.data.manifest import Skip
+from smaug.data.manifest import ManifestError, Skip
 from smaug.data.shapes import DamagedError
 from smaug.data.text import train_tokenizer
 from smaug.evaluate.scores import evaluate, print_result, provenance
@@ -73,6 +74,8 @@ class Options:
     keep: int = 2  # newest checkpoints that are kept
     eval_every: int = 0  # steps; scores on the val split, and keeps the best checkpoint, too; 0: only at the end
     log_every: int = 10  # steps; losses are read from the device only then
+    compile: Literal["auto", "yes", "no"] = "auto"  # transformer blocks by torch.compile; auto: with --fast on a GPU
+    checkpoint_blocks: bool = False  # blocks are computed again in the backward, for much less memory
     micro_batch: int = 0  # pairs of a process that are encoded at once, for less memory; 0: all
     max_nonfinite: int = 10  # steps in a row that may be skipped since their gradients are not finite
     shard: bool = False  # with torchrun: each process holds a part of the weights (FSDP2), not all (DDP)
@@ -248,6 +251,10 @@ def run(options: Options, size: str, command: str) -> int:
     start = "" if options.resume and checkpoint.steps(folder / "checkpoints") else _begin(model, recipe, init)
     if start:
         console.print(start, highlight=False, soft_wrap=True)
+    if options.compile == "yes" or (options.compile == "auto" and options.fast and way.device.type == "cuda"):
+        compile_blocks(model)
+    if options.checkpoint_blocks:
+        checkpoint_blocks(model)
     step = Step(model, recipe)
     engine: nn.Module = step
     if ranks > 1 and options.shard:
@@ -256,12 +263,20 @@ def run(options: Options, size: str, command: str) -> int:
         images = any(sample.kind == "image" for sample in clips.samples)
         engine = distributed.replicate(step, way.device, unused=images or recipe.unmask_last > 0)
     update = Update(model, recipe.optim)
+    keeper = checkpoint.Keeper(folder / "checkpoints", options.keep, distributed.host_group())
     totals: dict[str, float] = {
         "step": 0, "clips": 0, "tokens_computed": 0, "tokens_dense": 0,
         "device_seconds": 0.0, "data_seconds": 0.0, "wall_seconds": 0.0,
     }  # fmt: skip
+    samples = [len(clips), clips.fingerprint()]
     if options.resume:
-        totals |= _restore(folder, model, update, console)
+        totals |= _restore(keeper, model, update, console)
+        if (was := read_config(folder).get("samples")) not in (None, samples):
+            console.print(
+                f"the data are not what they were when the run began: {samples[0]} samples, not {was[0]}, or others, "
+                "or in another order. From here on batches are drawn from these",
+                style="yellow", highlight=False, soft_wrap=True,
+            )  # fmt: skip
     elif first:  # written when all that is read has been read, since with it a folder holds a run
         config = {
             "init": str(init) if init else None,
@@ -270,6 +285,7 @@ def run(options: Options, size: str, command: str) -> int:
             "command": command,
             "machine": device.describe(way.device),
             "processes": ranks,
+            "samples": samples,
             "smaug": smaug.__version__,
             "recipe": recipes.to_json(recipe),
         }
@@ -283,14 +299,21 @@ def run(options: Options, size: str, command: str) -> int:
         plain = evaluated(step, update, tokenizer, way)
         return evaluate(plain, recipe, clips, tokenizer, way, report=report) if plain is not None else None
 
-    loop = Loop(options, folder, console, way, step, engine, update, loader, totals, began, lambda: score(chosen_on))
-    bad: list[Skip] = []
+    named: list[str] = []  # of skipped files, each once
+
+    def name_skipped(skips: Sequence[Skip]) -> None:
+        if first:
+            named[:] = _name_skipped(console, folder / "skipped.txt", [*clips.skipped, *skips])
+
+    loop = Loop(
+        options, folder, console, way, step, engine, update, keeper, loader, totals, began,
+        score=lambda: score(chosen_on), note_skipped=name_skipped,
+    )  # fmt: skip
     try:
         finished = loop.train(steps)
-        bad = [skip for several in distributed.collect(list(loader.skipped.values())) for skip in several]
-    finally:  # a run that too many bad files end names all of them, too
-        skips = [*clips.skipped, *(bad or loader.skipped.values())]
-        skipped = _name_skipped(console, folder / "skipped.txt", skips) if first else []
+    except ManifestError:  # a run that too many bad files end names all of them, too
+        name_skipped(list(loader.skipped.values()))
+        raise
     totals = loop.totals_of_all()
     if not finished:
         console.print(f"stopped at step {totals['step']:.0f} and saved; go on with:", highlight=False)
@@ -315,7 +338,7 @@ def run(options: Options, size: str, command: str) -> int:
         "size": size,
         "batch": loader.size,
         "machine": device.describe(way.device),
-        "skipped": len(skipped),
+        "skipped": len(named),
     }
     write(folder / "result.json", json.dumps(result, indent=2))
     print_result(console, result)
@@ -323,16 +346,19 @@ def run(options: Options, size: str, command: str) -> int:
 
 
 def _name_skipped(console: Console, path: Path, skips: Sequence[Skip]) -> list[str]:
-    """Tells what was skipped, and keeps it beside what the run had met before it was resumed; a line each."""
-    lines = [one_line(f"{skip.name}: {skip.reason}") for skip in skips]
-    for line in lines[:SHOWN]:
+    """Tells what was skipped since it last did, and keeps it beside what was known, also of a run that was resumed; a
+    line each."""
+    known = path.read_text().splitlines() if path.exists() else []
+    lines = list(dict.fromkeys(one_line(f"{skip.name}: {skip.reason}") for skip in skips))
+    if new := [line for line in lines if line not in set(known)]:
+        write(path, "".join(line + "\n" for line in [*known, *new]))
+    for line in new[: max(0, SHOWN - len(known))]:
         console.print(f"skipped {line}", style="yellow", highlight=False, soft_wrap=True)
-    if len(lines) > SHOWN:
-        console.print(f"skipped {len(lines) - SHOWN} more, all in {path}", style="yellow", soft_wrap=True)
-    known = list(dict.fromkeys([*(path.read_text().splitlines() if path.exists() else []), *lines]))
-    if known:
-        write(path, "".join(line + "\n" for line in known))
-    return known
+    if new and len(known) + len(new) > SHOWN:
+        console.print(
+            f"{len(known) + len(new)} files are skipped so far, all in {path}", style="yellow", soft_wrap=True
+        )
+    return [*known, *new]
 
 
 def _begin(model: Model, recipe: Recipe, init: Path | str | None) -> str:
@@ -343,16 +369,16 @@ def _begin(model: Model, recipe: Recipe, init: Path | str | None) -> str:
     return ""
 
 
-def _restore(folder: Path, model: Model, update: Update, console: Console) -> dict[str, float]:
+def _restore(keeper: checkpoint.Keeper, model: Model, update: Update, console: Console) -> dict[str, float]:
     """Loads the newest whole checkpoint, if there is any -> the totals at that step."""
-    state, damaged = checkpoint.load_newest(folder / "checkpoints", model, update.optimizer)
+    state, damaged = checkpoint.load(keeper.folder, model, update.optimizer, ema=update.ema or None, group=keeper.group)
     for sentence in damaged:
         console.print(sentence, style="yellow", highlight=False, soft_wrap=True)
     if state is None and damaged:
-        raise ValueError(
-            f"no checkpoint of {folder} can be read. To begin the run again, remove the folder {folder / 'checkpoints'}"
-        )
+        raise ValueError(f"no checkpoint in {keeper.folder} can be read. To begin the run again, remove that folder")
     totals: dict[str, float] = state["totals"] if state else {}
+    if state and "nonfinite" in state:
+        update.set_nonfinite(state["nonfinite"])
     at = f"step {totals['step']:.0f}" if state else "step 0, since there is no checkpoint yet"
     console.print(f"resuming at {at}", highlight=False)
     return totals
