@@ -30,13 +30,11 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Literal
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bench_time_to_result import RESULTS, append, read
-from smaug import device
 from smaug.recipe import load
 from smaug.run import refuse
 
@@ -49,7 +47,8 @@ MINUTE = 60.0  # seconds between checkpoints, for the share that they cost
 @dataclass(frozen=True)
 class Options:
     recipes: tuple[str, ...] = ("smaug", "mac")
-    size: Literal["tiny", "small", "base"] = "tiny"  # above tiny on 64 clips of the embedded set
+    size: Literal["tiny", "small", "base"] = "tiny"
+    shapes: tuple[int, int, int] | None = None  # clips of the embedded set; default: all at tiny, else 64, 16, 16
     pairs: int | None = None  # a step; default: the recipe's batch
     rounds: int = 3
     steps: int = 60  # of each run that are timed
@@ -62,6 +61,7 @@ class Options:
 
 def command(name: str, way: str, options: Options, folder: Path) -> list[str]:
     """The line that trains, and leaves its times in folder/times.json."""
+    shapes = options.shapes or (None if options.size == "tiny" else (64, 16, 16))  # decoded, 6,000 at 224 are 14 GB
     every = options.save_every if way == "saving" else 10**9
     engine = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if way == "two" else []
     return [
@@ -69,12 +69,12 @@ def command(name: str, way: str, options: Options, folder: Path) -> list[str]:
         name, "--size", options.size, "--fast", "--device", "cpu", "--run-dir", str(folder / "run"),
         "--max-steps", str(options.warm_up + options.steps), "--checkpoint-every", str(every),
         *(["--data.batch", str(options.pairs)] if options.pairs else []),
-        *(["--data.shapes", "64", "16", "16"] if options.size != "tiny" else []),
+        *(["--data.shapes", *map(str, shapes)] if shapes else []),
     ]  # fmt: skip
 
 
-def timed(name: str, way: str, options: Options) -> list[dict[str, float]]:
-    """Seconds by phase of each step after the warm-up."""
+def timed(name: str, way: str, options: Options) -> tuple[str, list[dict[str, float]]]:
+    """What the machine is to a process, and seconds by phase of each step after the warm-up."""
     with tempfile.TemporaryDirectory() as folder:
         line = command(name, way, options, Path(folder))
         threads = {"OMP_NUM_THREADS": "1" if way == "two" else "2"}
@@ -83,13 +83,12 @@ def timed(name: str, way: str, options: Options) -> list[dict[str, float]]:
         if ran.returncode:
             said = [text for text in ran.stderr.splitlines() if text.startswith("smaug:")] or [ran.stderr[-2000:]]
             raise ValueError(f"{' '.join(line[1:])} ended with {ran.returncode}: {said[0]}")
-        steps = json.loads((Path(folder) / "times.json").read_text())
-    found: list[dict[str, float]] = steps[options.warm_up :]
-    return found
+        times = json.loads((Path(folder) / "times.json").read_text())
+    return times["machine"], times["steps"][options.warm_up :]
 
 
 def row(
-    began: str, number: int, name: str, way: str, steps: Sequence[dict[str, float]], options: Options
+    options: Options, began: str, number: int, name: str, way: str, machine: str, steps: Sequence[dict[str, float]]
 ) -> dict[str, object]:
     """A run as a line of the results: means over its steps, so that one a tenth of which saves counts it by a tenth."""
     saves = sum("saving" in step for step in steps)
@@ -106,7 +105,7 @@ def row(
         **{f"{phase}_ms": f"{1e3 * mean(step.get(phase, 0.0) for step in steps):.3f}" for phase in PHASES},
         "saves": saves,
         "load": f"{os.getloadavg()[0]:.1f}",  # of the last minute: 2 are our own
-        "machine": device.describe(device.choose(False, "cpu").device),
+        "machine": machine,
     }
 
 
@@ -149,7 +148,7 @@ def outside(numbers: dict[str, float]) -> float:
 
 
 def main() -> int:
-    options, console = tyro.cli(Options, description=__doc__), Console()
+    options, console = tyro.cli(Options, prog="python -m benchmarks.bench_engine", description=__doc__), Console()
     try:
         if not options.report:
             run(options, console)
@@ -169,13 +168,12 @@ def run(options: Options, console: Console) -> None:
         raise ValueError("--rounds, --steps, --warm-up and --save-every must be at least 1")
     for name in options.recipes:
         load(name, options.size)  # a wrong name ends here, not after minutes
-    torch.set_num_threads(2)  # for what the results say of the machine
     began = time.strftime("%Y-%m-%d %H:%M:%S")
     for number in range(options.rounds):
         for name in options.recipes:
             turned = options.ways[number % len(options.ways) :] + options.ways[: number % len(options.ways)]
             for way in turned:
-                made = row(began, number, name, way, timed(name, way, options), options)
+                made = row(options, began, number, name, way, *timed(name, way, options))
                 append(options.results, list(made), [list(made.values())])
                 console.print(
                     f"round {number}  {name:<12}{way:<8}{made['ms']} ms a step, load {made['load']}", highlight=False

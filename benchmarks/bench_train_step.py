@@ -32,20 +32,22 @@ from rich.table import Table
 from benchmarks import parts
 from benchmarks.eager_step import EagerStep, padded
 from benchmarks.launches import Launches
-from benchmarks.timing import Stopwatch, clock, compiled, peak_memory
+from benchmarks.timing import Stopwatch, clock, compiled, in_phases, peak_memory
 from smaug import device as devices
+from smaug.blocks import checkpoint_blocks, compile_blocks
 from smaug.data.clips import Clips
 from smaug.data.manifest import Sample
 from smaug.data.text import CLS, MASK, PAD, SEP, UNK, word_pieces
+from smaug.loop import count_tokens, out_of_memory
 from smaug.masks import VideoMask
+from smaug.micro_batches import backward_in_parts
 from smaug.model.video_encoder import PruneConfig
 from smaug.objectives.answer import Answer
 from smaug.objectives.mvm import Mvm
-from smaug.optim import adamw
+from smaug.optim import Update, adamw
 from smaug.recipe import Recipe, load
 from smaug.run import build, open_loader, refuse
-from smaug.step import text_views, training_step
-from smaug.train import count_tokens
+from smaug.step import Step, text_views, training_step
 
 VOCABULARY = 200  # about as many pieces as the embedded data set has
 WORDS = [f"w{number}" for number in range(5, VOCABULARY)]
@@ -133,6 +135,9 @@ class Options:
     size: Literal["tiny", "small", "base", "large"] = "tiny"
     pairs: int | None = None  # default: the recipe's batch on a GPU; on a CPU 32, 8, 4, 2 from tiny to large
     dtype: Literal["auto", "fp32", "bf16"] = "auto"  # auto: as --fast chooses
+    compile: bool = False  # the transformer blocks by torch.compile
+    checkpoint_blocks: bool = False  # activations of a block are computed again in the backward
+    micro_batch: int = 0  # pairs that are encoded at once; 0: all
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seconds: float = 5.0  # of timed steps, at least three; half as long to warm up
     json: str = ""  # file for the numbers; -: they are printed instead of the table
@@ -140,51 +145,71 @@ class Options:
 
 def measure(options: Options, recipe: Recipe) -> dict[str, Any]:
     """All numbers of a step; times in seconds, memory in bytes."""
+    if not Path(options.json).absolute().parent.is_dir():  # said before the work, not after it
+        raise ValueError(f"--json {options.json}: there is no folder {Path(options.json).parent}")
     way = devices.choose(True, options.device)
     if options.dtype != "auto":
         way = replace(way, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype])
     pairs = options.pairs
     if pairs is None:
         pairs = recipe.data.batch if way.device.type == "cuda" else ON_A_CPU[options.size]
-    if pairs < 1 or options.seconds <= 0:
-        raise ValueError("--pairs must be at least 1, --seconds above 0")
+    if pairs < 1 or options.micro_batch < 0 or options.seconds <= 0:
+        raise ValueError("--pairs must be at least 1, --micro-batch at least 0, --seconds above 0")
     batch = batch_of(recipe, pairs, torch.device("cpu"))
+    if way.device.type == "cuda":
+        batch = batch.map(torch.Tensor.pin_memory)  # as the loader has it, whose copies run beside the step before
     torch.manual_seed(0)
     vocabulary = VOCABULARY if options.size == "tiny" else recipe.data.vocabulary
     model = build(recipe, vocabulary, way.impl).to(way.device)
-    optimizer, now = adamw(model, recipe.optim), clock(way.device)
-    watch = Stopwatch(way.device, now)
+    whole, update, now = Step(model, recipe), Update(model, recipe.optim), clock(way.device)
+    watch, at_once = Stopwatch(way.device, now), options.micro_batch or pairs
 
-    def step() -> None:
+    def step(at_once: int = at_once) -> None:
         with watch.phase("copying"):
             there = batch.to(way.device)
-        with watch.phase("forward"), way.autocast():
-            loss, _ = training_step(model, recipe, there)
-        with watch.phase("backward"):
-            loss.backward()
-        with watch.phase("optimizer"):
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        with watch.phase("forward"):
+            with way.autocast():
+                if at_once < pairs:
+                    backward_in_parts(whole, there, at_once)
+                else:
+                    loss, _ = whole(there)
+            if at_once >= pairs:
+                loss.backward()
+        update(batch.step)
 
-    def repeat(seconds: float) -> list[Counter[str]]:
+    def repeat(seconds: float) -> list[dict[str, float]]:
+        """On a GPU the host waits after several steps only, so that it can be ahead, as it is in a run."""
+        several = 10 if way.device.type == "cuda" else 1
         taken, began = [], time.perf_counter()
         while len(taken) < 3 or time.perf_counter() - began < seconds:
             watch.read()
-            step()
-            taken.append(watch.read())
+            for _ in range(several):
+                step()
+            taken.append({phase: time_ / several for phase, time_ in watch.read().items()})
         return taken
 
     step()  # the optimiser makes its state
+    # Counted is the plain step: what is computed twice to save memory is no work, and what is compiled makes no calls.
     with Launches() as launches:
-        flops, flops_forward = parts.flops(step)
-    repeat(options.seconds / 2)
-    taken = repeat(options.seconds)
-    rate = devices.matrix_rate(way)  # right after, for what else the machine does meanwhile
-    booked = parts.times(step, 1, way.device)
-    held = [*model.parameters(), *(x for state in optimizer.state.values() for x in state.values())]
+        flops, flops_forward = parts.flops(lambda: step(pairs))
+    if options.compile:
+        compile_blocks(model)
+    if options.checkpoint_blocks:
+        checkpoint_blocks(model)
+    with in_phases(watch, clipping=(Update, "__call__")):
+        began = time.perf_counter()
+        step()  # compiles
+        first = time.perf_counter() - began
+        repeat(options.seconds / 2)
+        taken = repeat(options.seconds)
+        rate = devices.matrix_rate(way, now)  # right after, for what else the machine does meanwhile
+        booked = parts.times(step, 1, way.device)
+    held = [*model.parameters(), *(x for state in update.optimizer.state.values() for x in state.values())]
 
-    seconds = median(one.total() for one in taken)
-    phases = {name: median(one[name] for one in taken) for name in taken[0]}
+    whole_steps = [sum(one.values()) for one in taken]
+    seconds = median(whole_steps)
+    order = ("copying", "forward", "backward", "clipping", "optimizer", "rest")
+    phases = {name: median(one[name] for one in taken) for name in order}
     of_phase: Counter[str] = Counter()
     for (phase, _), time_ in booked.items():
         of_phase[phase] += time_
@@ -199,11 +224,15 @@ def measure(options: Options, recipe: Recipe) -> dict[str, Any]:
         "pairs": pairs,
         "dtype": str(way.dtype).removeprefix("torch."),
         "machine": devices.describe(way.device),
-        "clock": "of the process" if now is time.process_time else "of the wall",
+        "clock": "of the GPU" if watch.cuda else "of the process" if now is time.process_time else "of the wall",
+        "compile": options.compile,
+        "checkpoint_blocks": options.checkpoint_blocks,
+        "micro_batch": options.micro_batch,
         "steps": len(taken),
+        "first_seconds": first,
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": seconds,
-        "seconds_range": [min(one.total() for one in taken), max(one.total() for one in taken)],
+        "seconds_range": [min(whole_steps), max(whole_steps)],
         "clips_per_second": pairs / seconds,
         "tokens_per_second": computed / seconds,
         "tokens_kept": computed / dense_rows,
@@ -230,14 +259,18 @@ def show(found: dict[str, Any], console: Console) -> None:
     def line(what: str, said: str) -> None:
         console.print(f"{what:<15}{said}", highlight=False, soft_wrap=True)
 
+    how = ", compiled" * found["compile"] + ", blocks computed again" * found["checkpoint_blocks"]
+    how += f", {found['micro_batch']} encoded at once" if found["micro_batch"] else ""
     ms, (least, most) = 1e3 * found["seconds"], (1e3 * x for x in found["seconds_range"])
     line("step", f"{found['recipe']}, size {found['size']}, {found['pairs']} pairs, {found['dtype']}, "
-         f"{found['parameters'] / 1e6:.1f} M parameters")  # fmt: skip
+         f"{found['parameters'] / 1e6:.1f} M parameters{how}")  # fmt: skip
     line("machine", found["machine"])
     line(
         "time",
         f"{ms:.1f} ms, the median of {found['steps']} ({least:.1f} to {most:.1f}), by the clock {found['clock']}",
     )
+    if found["compile"]:
+        line("first call", f"{found['first_seconds']:.0f} s, most of it to compile")
     line("clips/s", f"{found['clips_per_second']:.2f}")
     line("kept tokens/s", f"{found['tokens_per_second']:.0f}; {found['tokens_kept']:.0%} of a dense model's are kept")
     line("utilisation", f"{found['utilisation']:.0%} of the {found['matrix_rate'] / 1e9:.0f} GFLOP/s of a matrix "
@@ -266,10 +299,16 @@ def gflop(flops: int) -> str:
 
 
 def main() -> int:
-    options, rest = tyro.cli(Options, description=__doc__, return_unknown_args=True)
+    options, rest = tyro.cli(
+        Options, prog="python -m benchmarks.bench_train_step", description=__doc__, return_unknown_args=True
+    )
     try:
         recipe = tyro.cli(
-            Recipe, args=rest, default=load(options.recipe, options.size), config=(tyro.conf.AvoidSubcommands,)
+            Recipe,
+            prog="python -m benchmarks.bench_train_step",
+            args=rest,
+            default=load(options.recipe, options.size),
+            config=(tyro.conf.AvoidSubcommands,),
         )
         found = measure(options, recipe)
         if options.json == "-":
@@ -280,6 +319,10 @@ def main() -> int:
             Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
     except (ValueError, OSError) as error:
         return refuse(error)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return refuse(ValueError("out of memory; try fewer --pairs, --micro-batch or --checkpoint-blocks"))
     except KeyboardInterrupt:
         return 130
     return 0

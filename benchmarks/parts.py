@@ -79,8 +79,8 @@ def flops(run: Callable[[], object]) -> tuple[int, Counter[str]]:
 
 
 def times(step: Callable[[], object], steps: int, device: torch.device) -> Counter[tuple[str, str]]:
-    """Self time of torch's operations by ("forward", "backward" or "optimizer"; part), in us: on a GPU that of the
-    kernels that they start.
+    """Self time of torch's operations by (phase, part), in us: on a GPU that of the kernels that they start. Phases are
+    "backward", "optimizer", those of a `timing.Stopwatch`, and of all that is in none "forward".
 
     An operation of the backward belongs to the part whose forward it undoes; the profiler links the two by sequence
     numbers. The profiler itself costs time, so its times are shares of a step that is timed without it.
@@ -96,19 +96,21 @@ def times(step: Callable[[], object], steps: int, device: torch.device) -> Count
     undone = {e.sequence_nr: _part(e) for e in events if e.sequence_nr >= 0 and _node(e) is None}
     found: Counter[tuple[str, str]] = Counter()
     for event in events:
+        if event.name.startswith(("part ", "phase ", "Optimizer.zero_grad")):
+            continue
         time, node = event.self_device_time_total if cuda else event.self_cpu_time_total, _node(event)
         if node is not None:
             found["backward", undone.get(node.sequence_nr, "rest")] += time
-        elif _above(event, "Optimizer.step") is not None:
-            found["optimizer", "optimizer"] += time
-        elif not event.name.startswith(("part ", "Optimizer")):
-            found["forward", _part(event)] += time
+            continue
+        phase = _above(event, "phase ", "Optimizer.step")
+        named = "forward" if phase is None else phase.name.removeprefix("phase ")
+        found["optimizer" if named.startswith("Optimizer") else named, _part(event)] += time
     return found
 
 
-def _above(event: Any, prefix: str) -> Any:
+def _above(event: Any, *prefixes: str) -> Any:
     """The innermost event with such a name that this one lies in, or is; None if there is none."""
-    while event is not None and not event.name.startswith(prefix):
+    while event is not None and not event.name.startswith(prefixes):
         event = event.cpu_parent
     return event
 

@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 
 from benchmarks.timing import Stopwatch, in_phases
-from smaug import train
+from smaug import device, train
 from smaug.data.loader import Batch, Loader
 from smaug.loop import Loop
 from smaug.optim import Update
@@ -33,8 +33,8 @@ def main() -> int:
     watch, steps = Stopwatch(torch.device("cpu"), time.perf_counter), []
     ahead, count = Loader.ahead, Loop._count
 
-    def waited_for(loader: Loader, first: int, last: int) -> Iterator[Batch]:
-        with contextlib.closing(ahead(loader, first, last)) as batches:
+    def waited_for(*arguments: Any) -> Iterator[Batch]:
+        with contextlib.closing(ahead(*arguments)) as batches:
             while True:
                 with watch.phase("waiting"):
                     batch = next(batches, None)
@@ -58,7 +58,8 @@ def main() -> int:
     ):
         code = train.main()
     if os.environ.get("RANK", "0") == "0":
-        Path(path).write_text(json.dumps(steps))
+        machine = device.describe(torch.device("cpu"))
+        Path(path).write_text(json.dumps({"machine": machine, "steps": steps}))
     return code
 
 

@@ -59,8 +59,8 @@ def main() -> None:
     for name, trial in trials.items():
         (total, counted), whole = flops(trial), 1e3 * median(taken[name])
         booked: Counter[str] = Counter()
-        for (_, part), time in parts.times(trial.step, 5, trial.way.device).items():
-            booked[part] += time
+        for (phase, part), time in parts.times(trial.step, 5, trial.way.device).items():
+            booked[phase if phase == "optimizer" else part] += time
         rows = [
             [name, part, f"{whole * time / booked.total():.1f}", f"{counted[part] / 1e9:.2f}"]
             for part, time in booked.most_common()
