@@ -13,6 +13,7 @@ profiler, parts within them are shares that the profiler gives (`parts.times`). 
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import time
@@ -36,6 +37,7 @@ from benchmarks.timing import Stopwatch, clock, compiled, in_phases, peak_memory
 from smaug import device as devices
 from smaug.blocks import checkpoint_blocks, compile_blocks
 from smaug.data.clips import Clips
+from smaug.data.loader import Batch
 from smaug.data.manifest import Sample
 from smaug.data.text import CLS, MASK, PAD, SEP, UNK, word_pieces
 from smaug.loop import count_tokens, out_of_memory
@@ -155,7 +157,7 @@ def measure(options: Options, recipe: Recipe) -> dict[str, Any]:
         pairs = recipe.data.batch if way.device.type == "cuda" else ON_A_CPU[options.size]
     if pairs < 1 or options.micro_batch < 0 or options.seconds <= 0:
         raise ValueError("--pairs must be at least 1, --micro-batch at least 0, --seconds above 0")
-    batch = batch_of(recipe, pairs, torch.device("cpu"))
+    batch, few = (batch_of(recipe, count, torch.device("cpu")) for count in (pairs, min(pairs, 4)))
     if way.device.type == "cuda":
         batch = batch.map(torch.Tensor.pin_memory)  # as the loader has it, whose copies run beside the step before
     torch.manual_seed(0)
@@ -164,18 +166,18 @@ def measure(options: Options, recipe: Recipe) -> dict[str, Any]:
     whole, update, now = Step(model, recipe), Update(model, recipe.optim), clock(way.device)
     watch, at_once = Stopwatch(way.device, now), options.micro_batch or pairs
 
-    def step(at_once: int = at_once) -> None:
+    def step(given: Batch = batch, at_once: int = at_once) -> None:
         with watch.phase("copying"):
-            there = batch.to(way.device)
+            there = given.to(way.device)
         with watch.phase("forward"):
             with way.autocast():
-                if at_once < pairs:
+                if at_once < len(given):
                     backward_in_parts(whole, there, at_once)
                 else:
                     loss, _ = whole(there)
-            if at_once >= pairs:
+            if at_once >= len(given):
                 loss.backward()
-        update(batch.step)
+        update(given.step)
 
     def repeat(seconds: float) -> list[dict[str, float]]:
         """On a GPU the host waits after several steps only, so that it can be ahead, as it is in a run."""
@@ -188,10 +190,13 @@ def measure(options: Options, recipe: Recipe) -> dict[str, Any]:
             taken.append({phase: time_ / several for phase, time_ in watch.read().items()})
         return taken
 
-    step()  # the optimiser makes its state
     # Counted is the plain step: what is computed twice to save memory is no work, and what is compiled makes no calls.
+    # Its memory may be more than there is. FLOPs need none, and launches are those of a few pairs.
+    shapes, on_meta = batch.map(lambda x: x.to("meta")), Step(copy.deepcopy(model).to("meta"), recipe)
+    flops, flops_forward = parts.flops(lambda: on_meta(shapes)[0].backward())
+    step(few, len(few))  # the optimiser makes its state
     with Launches() as launches:
-        flops, flops_forward = parts.flops(lambda: step(pairs))
+        step(few, len(few))
     if options.compile:
         compile_blocks(model)
     if options.checkpoint_blocks:
