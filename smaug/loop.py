@@ -54,7 +54,7 @@ class Loop:
         self.totals = totals if self.first else {**dict.fromkeys(totals, 0.0), "step": totals["step"]}
         self.micro_batch = options.micro_batch or loader.size
         self.asked = self.stop = False  # to stop; agreed on by all
-        remembered = max(options.log_every, options.max_nonfinite)
+        remembered = options.log_every + options.max_nonfinite  # as many as can be left out before it is seen
         self.names: collections.deque[tuple[int, tuple[str, ...]]] = collections.deque(maxlen=remembered)
         self.nonfinite = update.nonfinite()[0]
 
@@ -92,18 +92,18 @@ class Loop:
                     if distributed.ranks() == 1:
                         self.stop = self.asked
                     note({"step": self.number})
-                    if self._due(self.options.eval_every, steps):
+                    if self._due(self.options.eval_every):
                         note(self._score())
                         saved = self.number
                         logged_at, clips = time.perf_counter(), 0
-                    elif self._due(self.options.checkpoint_every, steps):
+                    elif self._due(self.options.checkpoint_every):
                         self._save()
                         saved = self.number
             if saved != self.number:
                 self._save()
         return self.number >= steps
 
-    def _due(self, every: int, steps: int) -> bool:
+    def _due(self, every: int) -> bool:
         return every > 0 and self.number % every == 0
 
     def _step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -281,13 +281,19 @@ class Loop:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM finish the step, or with several processes those up to the next log line; a second one
-        does not wait."""
+        """Ctrl-C and SIGTERM finish the step, or with several processes those up to the next log line. A second
+        Ctrl-C does not wait; at once it would be torchrun's, which passes on to each what all have heard."""
+
+        first = 0.0  # seconds; of the first signal
 
         def ask(number: int, frame: object) -> None:
+            nonlocal first
+            now = time.monotonic()
             if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
+                if number == signal.SIGINT and now - first > 1:
+                    raise KeyboardInterrupt
+                return
+            first, self.asked = now, True
             self.console.print("finishing the step and saving; once more to stop at once")
 
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
