@@ -162,7 +162,9 @@ def measure(options: Options, recipe: Recipe) -> dict[str, Any]:
         batch = batch.map(torch.Tensor.pin_memory)  # as the loader has it, whose copies run beside the step before
     torch.manual_seed(0)
     vocabulary = VOCABULARY if options.size == "tiny" else recipe.data.vocabulary
-    model = build(recipe, vocabulary, way.impl).to(way.device)
+    model = build(recipe, vocabulary, way.impl)
+    on_meta = Step(copy.deepcopy(model).to("meta"), recipe)
+    model.to(way.device)
     whole, update, now = Step(model, recipe), Update(model, recipe.optim), clock(way.device)
     watch, at_once = Stopwatch(way.device, now), options.micro_batch or pairs
 
@@ -192,7 +194,7 @@ def measure(options: Options, recipe: Recipe) -> dict[str, Any]:
 
     # Counted is the plain step: what is computed twice to save memory is no work, and what is compiled makes no calls.
     # Its memory may be more than there is. FLOPs need none, and launches are those of a few pairs.
-    shapes, on_meta = batch.map(lambda x: x.to("meta")), Step(copy.deepcopy(model).to("meta"), recipe)
+    shapes = batch.map(lambda x: x.to("meta"))
     flops, flops_forward = parts.flops(lambda: on_meta(shapes)[0].backward())
     step(few, len(few))  # the optimiser makes its state
     with Launches() as launches:
