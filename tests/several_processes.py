@@ -80,7 +80,7 @@ def main():
             (Path(out) / f"{how}.json").write_text(json.dumps(losses))
             for what, values in zip(("gradients", "weights", "means"), tensors, strict=True):
                 save_file(values, Path(out) / f"{how} {what}.safetensors")
-    distributed.stop()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":
