@@ -1,6 +1,7 @@
 """Runs as a person starts them: processes of their own with real files, to be killed, starved and lied to."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -26,6 +27,12 @@ TIMES = ("device_seconds", "data_seconds", "wall_seconds", "clips_per_second")
 PATIENCE = 120  # seconds for what takes ten
 
 
+# What a person types for two processes on this machine; those that fail are started once more.
+TWO = (
+    "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "smaug.train"
+)  # fmt: skip
+
+
 class Run:
     """One run, in one folder, of as many processes one after the other as it takes. Each is started by the same line.
 
@@ -39,10 +46,7 @@ class Run:
         self._from = 0
 
     def start(self, *more: object, **popen: object) -> "Run":
-        words = [sys.executable, *self.program, "mac", *SMALL, *self.flags, "--run-dir", self.folder, *more]
-        if (self.folder / "config.json").exists():  # SHIM
-            words = [sys.executable, *self.program, "--resume", "--run-dir", self.folder, "--log-every=1"]
-            words += ["--checkpoint-every=2", *more]
+        words = [sys.executable, *self.program, "mac", *SMALL, *self.flags, "--run-dir", self.folder, "--requeue", *more]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as log:
             self._from = log.tell()
@@ -83,6 +87,13 @@ class Run:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def worker(self, rank: int) -> int:
+        """The process number of one of those that torchrun has started."""
+        assert self.process is not None
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        of = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
+        return next(int(pid) for pid, environ in of.items() if f"RANK={rank}".encode() in environ)
 
     def until(self, what: Callable[[], object]) -> None:
         """Waits for a moment; the process may not end before it."""
@@ -157,16 +168,20 @@ def run(tmp_path: Path, shapes_cache: Path) -> Iterator[Callable[..., Run]]:
             one.kill()
 
 
+@pytest.fixture
+def two(run: Callable[..., Run]) -> Callable[..., Run]:
+    """The same for a run of two processes."""
+    return functools.partial(run, program=TWO)
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, shapes_cache: Path) -> Callable[..., Run]:
     """undisturbed(*flags) -> a finished run with these flags that nothing happened to; one for all tests."""
-    made: dict[tuple[str, ...], Run] = {}
 
-    def make(*flags: object) -> Run:
-        key = tuple(map(str, flags))
-        if key not in made:
-            made[key] = Run(tmp_path_factory.mktemp("undisturbed") / "run", *flags).finish()
-        return made[key]
+    @functools.cache
+    def make(*flags: object, two: bool = False) -> Run:
+        kind = {"program": TWO} if two else {}
+        return Run(tmp_path_factory.mktemp("undisturbed") / "run", *flags, **kind).finish()
 
     return make
 
