@@ -44,16 +44,24 @@ class Run:
     batch: int  # pairs a step that it was trained with
 
 
-def load_run(folder: Path, device: str = "auto") -> Run:
-    """The newest whole checkpoint of a run, in the precision of its training."""
+def load_run(folder: Path, device: str = "auto", which: checkpoint.Which = "newest") -> Run:
+    """The newest whole checkpoint of a run, the best one, or that of a step, in the precision of its training; with its
+    averaged weights if it has them. Says on stderr which damaged ones it passed over."""
     config = read_config(folder)
     saved = recipe.from_json(config["recipe"])
     way = choose(config["fast"], device)
     tokenizer = read_tokenizer(folder)
     model = build(saved, tokenizer.get_vocab_size(), way.impl).to(way.device)
-    state, damaged = checkpoint.load_newest(folder / "checkpoints", model)
+    checkpoints = folder / "checkpoints"
+    state, damaged = checkpoint.load(checkpoints, model, ema=model.state_dict(), which=which)
     if state is None:
-        raise ValueError(" ".join([*damaged, f"{folder} has no checkpoint to evaluate; train it first"]))
+        lacks = f"{folder} has no checkpoint to evaluate; train it first"
+        if which != "newest":
+            asked = "with a score, which --eval-every gives" if which == "best" else f"of step {which} that is whole"
+            there = ", ".join(map(str, checkpoint.steps(checkpoints))) or "none"
+            lacks = f"{folder} has no checkpoint {asked}; its steps are: {there}"
+        raise ValueError(" ".join([*damaged, lacks]))
+    warn(damaged)
     clips = state.get("totals", {}).get("clips", 0)
     return Run(saved, model, tokenizer, way, state["step"], round(clips / max(1, state["step"])) or saved.data.batch)
 
@@ -114,6 +122,24 @@ def with_answers(recipe: Recipe, clips: Clips) -> Recipe:
     return replace(recipe, objectives=objectives)
 
 
+def with_pools(recipe: Recipe, pairs: int, processes: int, begins: bool) -> Recipe:
+    """The recipe with the pools of negatives of a run by several processes, of `pairs` each: those that it begins with.
+
+    They stay as they are when the run goes on with fewer. With more it cannot, since nobody would have all of a pool.
+    """
+    objectives = dict(recipe.objectives)
+    for name, objective in objectives.items():
+        if isinstance(objective, Vtm) and processes > 1:
+            among = objective.among or (pairs if begins else pairs * processes)
+            if pairs % among:
+                raise ValueError(
+                    f"negatives are drawn among {among} pairs, and each of {processes} processes has {pairs}, which is "
+                    f"no multiple. Use fewer processes, or begin a run with --objectives.{name}.among {pairs}"
+                )
+            objectives[name] = replace(objective, among=among)
+    return replace(recipe, objectives=objectives)
+
+
 def start_from(model: Model, made: Recipe, folder: Path) -> str:
     """Loads what fits of another run's newest checkpoint -> a sentence that names what did not, and what stays new.
 
@@ -121,7 +147,8 @@ def start_from(model: Model, made: Recipe, folder: Path) -> str:
     of answers keep the weights of the same answers. A decoder of answers starts from the fusion encoder, as
     Singularity's does (Lei et al. 2023, appendix). `made` is the recipe that the model was built from.
     """
-    saved, step = checkpoint.load_weights(folder / "checkpoints")
+    saved, step, damaged = checkpoint.load_weights(folder / "checkpoints")
+    warn(damaged)
     own = model.state_dict()
     before, kept_answers = recipe.from_json(read_config(folder)["recipe"]).objectives, ""
     for name, head in model.heads.items():
@@ -157,8 +184,8 @@ def start_from(model: Model, made: Recipe, folder: Path) -> str:
     return said
 
 
-def open_loader(recipe: Recipe, clips: Clips, tokenizer: Tokenizer) -> Loader:
-    """Training batches with the words masked that the recipe's contrast and its mlm ask for."""
+def open_loader(recipe: Recipe, clips: Clips, tokenizer: Tokenizer, rank: int = 0, ranks: int = 1) -> Loader:
+    """Training batches, or a process' share of them, with the words masked that the contrast and mlm ask for."""
     return Loader(
         clips,
         tokenizer,
@@ -172,6 +199,8 @@ def open_loader(recipe: Recipe, clips: Clips, tokenizer: Tokenizer) -> Loader:
         answers=next((o.answers for o in recipe.objectives.values() if isinstance(o, Answer)), ()),
         spell=any(isinstance(o, Answer) and o.by == "decoder" for o in recipe.objectives.values()),
         seed=recipe.seed,
+        rank=rank,
+        ranks=ranks,
     )
 
 
@@ -232,6 +261,12 @@ def write(path: Path, text: str) -> None:
     except OSError:
         aside.unlink(missing_ok=True)
         raise
+
+
+def warn(sentences: Iterable[str]) -> None:
+    """Tells a person what a command goes on without."""
+    for sentence in sentences:
+        Console(stderr=True).print(f"[yellow]smaug:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
 
 
 def refuse(error: Exception) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from smaug.data.loader import Batch
+from smaug.distributed import ranks, total
 from smaug.masks import PAIR_STREAM, VideoMask, noise
 from smaug.model.model import Model
 from smaug.model.video_encoder import EncodedVideo
@@ -24,8 +26,44 @@ from smaug.recipe import Recipe
 from smaug.tokens import PackedTokens, cat_tokens, packed_uniform, split_tokens
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoders make of a batch, and what the objectives need of it besides."""
+
+    video: EncodedVideo
+    features: dict[str, Tensor]  # of texts by view, (B, D)
+    words: dict[str, PackedTokens]  # by view
+
+
+class Step(nn.Module):
+    """One training step as a module, which is what DDP and FSDP2 want to wrap."""
+
+    def __init__(self, model: Model, recipe: Recipe) -> None:
+        super().__init__()
+        self.model, self.recipe = model, recipe
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return training_step(self.model, self.recipe, batch)
+
+    def encode(self, batch: Batch, visible: Sequence[tuple[Tensor, Tensor]], views: dict[str, PackedTokens]) -> Encoded:
+        return encode(self.model, self.recipe, batch, visible, views)
+
+    def judge(self, batch: Batch, removed: Sequence[Removed], encoded: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
+        return judge(self.model, self.recipe, batch, removed, encoded)
+
+
 def training_step(model: Model, recipe: Recipe, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """-> the loss, a scalar, and its unweighted parts by objective. Nothing here reads the device on the host."""
+    """-> the loss, a scalar, and its unweighted parts by objective. Nothing here reads the device on the host.
+
+    With several processes, each of which has its share of the batch, the mean of their losses and of their gradients is
+    that of one process with all of it.
+    """
+    removed, visible = draw_masks(model, recipe, batch)
+    return judge(model, recipe, batch, removed, encode(model, recipe, batch, visible, text_views(recipe, batch)))
+
+
+def draw_masks(model: Model, recipe: Recipe, batch: Batch) -> tuple[list[Removed], list[tuple[Tensor, Tensor]]]:
+    """-> by group what is masked, and (video, ids_keep)."""
     mask = video_mask(recipe, batch.step)
     visible, removed = [], []
     for group in batch.groups:
@@ -35,20 +73,45 @@ def training_step(model: Model, recipe: Recipe, batch: Batch) -> tuple[Tensor, d
         removed.append(
             Removed(group.video, group.samples, ids_removed, model.video.config.sequences(group.video.shape[1]))
         )
-    video = model.video(visible, keep_rate=keep_rate(recipe, batch.step), seed=recipe.seed, step=batch.step)
+    return removed, visible
 
-    features, words = encode_texts(model, text_views(recipe, batch))
 
+def encode(
+    model: Model, recipe: Recipe, batch: Batch, visible: Sequence[tuple[Tensor, Tensor]], views: dict[str, PackedTokens]
+) -> Encoded:
+    """Videos and texts of a batch, or of neighbouring pairs of it: no pair knows of another here."""
+    rate = keep_rate(recipe, batch.step)
+    video = model.video(visible, keep_rate=rate, seed=recipe.seed, step=batch.step, first=batch.first)
+    return Encoded(video, *encode_texts(model, views))
+
+
+def judge(
+    model: Model, recipe: Recipe, batch: Batch, removed: Sequence[Removed], encoded: Encoded
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """All objectives on what was encoded -> the loss and its parts."""
+    video, features = encoded.video, encoded.features
     same, scores = positives(batch), contrast_scores(model, features["contrast"], video.features)
     fused = {}
     if model.fusion is not None:
-        fused = fuse(model, recipe, batch, video, features, words, same, next(iter(scores.values()), None))
-    seen = Seen(video, features["contrast"], same, removed, recipe.seed, batch.epoch, scores, **fused)
+        fused = fuse(model, recipe, batch, video, features, encoded.words, same, next(iter(scores.values()), None))
+    keys = torch.stack([batch.video_keys, batch.caption_keys], 1)
+    seen = Seen(video, features["contrast"], same, removed, recipe.seed, batch.epoch, scores, keys, **fused)
 
     parts = {name: objective(model.heads[name], seen) for name, objective in recipe.objectives.items()}
+    if ranks() > 1:
+        parts = balanced(parts, [objective.count(seen) for objective in recipe.objectives.values()])
     weights = [recipe.objectives[name].weight for name in parts]
     each = [part if weight == 1 else weight * part for weight, part in zip(weights, parts.values(), strict=True)]
     return torch.stack(each).sum(), parts
+
+
+def balanced(parts: dict[str, Tensor], counts: Sequence[int | Tensor]) -> dict[str, Tensor]:
+    """Means over this process' things (words, pairs) -> numbers whose mean over the processes is that over all things:
+    a process with more of them counts for more."""
+    device = next(iter(parts.values())).device
+    own = torch.stack([torch.full((), n, device=device) if isinstance(n, int) else n for n in counts]).float()
+    share = own * ranks() / total(own).clamp(min=1)
+    return {name: part * weight for (name, part), weight in zip(parts.items(), share.unbind(), strict=True)}
 
 
 def video_mask(recipe: Recipe, step: int) -> VideoMask:
@@ -140,7 +203,8 @@ def fuse(
     for objective in recipe.objectives.values():
         if isinstance(objective, Vtm):
             likely = torch.zeros(same.shape, device=same.device) if scores is None else scores.detach()
-            negatives, found = hard_negatives(likely, same, objective.negatives, recipe.seed, batch.step)
+            pool = Pool(objective.among, batch.first, batch.places)
+            negatives, found = hard_negatives(likely, same, objective.negatives, recipe.seed, batch.step, pool)
             for video_ids in (own, *negatives.unbind(1)):
                 add_first("match", video_ids)
             valid = [torch.ones_like(found[:, 0]), *found.unbind(1)]
@@ -189,13 +253,39 @@ def contrast_scores(model: Model, text: Tensor, video: Tensor) -> dict[nn.Module
     return {head: head.scores(text, video) for head in model.heads.values() if isinstance(head, VtcHeads)}
 
 
-def hard_negatives(scores: Tensor, same: Tensor, count: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Pool:
+    """Whose videos a text may be paired with: those of the `among` neighbours in the batch of all processes."""
+
+    among: int = 0  # 0: all that the process has
+    first: int = 0  # place of the process' first pair
+    places: Tensor | None = None  # (B,) int64; None: first, first + 1, ...
+
+
+def hard_negatives(
+    scores: Tensor, same: Tensor, count: int, seed: int, step: int, pool: Pool | None = None
+) -> tuple[Tensor, Tensor]:
     """Videos that a text is likely to be confused with, drawn without replacement in proportion to exp(score).
 
     scores and same (B, B) -> (B, count) int64, and whether each really is a negative, (B, count) bool: where a text has
     too few of them, positives stand in. Gumbel top-k, Kool et al. 2019, since `multinomial` reads the device.
+
+    A text's random numbers are those of its place in the whole batch, however many processes share that.
     """
-    uniform = noise(same.numel(), seed=seed, step=step, stream=PAIR_STREAM, device=same.device)
+    pool = pool or Pool()
+    pairs = len(same)
+    among = pool.among or pairs
+    if pairs % among:
+        raise ValueError(f"negatives are drawn among {among} pairs, which do not divide the {pairs} of a process")
+    taken = (pool.first + pairs) * among
+    uniform = noise(taken, seed=seed, step=step, stream=PAIR_STREAM, device=same.device)
+    uniform = uniform[taken - pairs * among :].view(pairs, among)
+    if among < pairs or pool.places is not None:
+        ordered = torch.arange(pool.first, pool.first + pairs, device=same.device)
+        places = ordered if pool.places is None else pool.places
+        uniform = uniform.index_select(0, places - pool.first).index_select(1, places % among)
+        block = places // among
+        same = same | (block[:, None] != block)
     gumbel = -torch.log(-torch.log(uniform)).view_as(scores)
-    drawn = (scores + gumbel).masked_fill(same, float("-inf")).topk(min(count, len(same)), dim=1)
+    drawn = (scores + gumbel).masked_fill(same, float("-inf")).topk(min(count, pairs), dim=1)
     return drawn.indices, drawn.values > float("-inf")

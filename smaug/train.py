@@ -6,11 +6,8 @@ and to know a year later what was run. Top to bottom: options, set-up, loop, eva
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,40 +18,42 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 from tokenizers import Tokenizer
 from torch import nn
 
 import smaug
-from smaug import checkpoint, device, pretrained
+from smaug import checkpoint, device, distributed, pretrained
 from smaug import recipe as recipes
+from smaug.blocks import checkpoint_blocks, compile_blocks
 from smaug.data.clips import Clips
 from smaug.data.journal import one_line
-from smaug.data.loader import Batch, Loader
 from smaug.data.manifest import ManifestError, Skip
 from smaug.data.shapes import DamagedError
 from smaug.data.text import train_tokenizer
 from smaug.evaluate.scores import evaluate, print_result, provenance
+from smaug.loop import Loop
+from smaug.model.fusion import FusionBlock
+from smaug.model.layers import Block
 from smaug.model.model import SIZES, Model, ModelConfig
 from smaug.objectives.answer import Answer
 from smaug.objectives.mlm import Mlm
 from smaug.objectives.vtm import Vtm
-from smaug.optim import adamw, learning_rate
+from smaug.optim import Update
 from smaug.recipe import Recipe
 from smaug.run import (
     build,
     open_loader,
     open_split,
-    progress,
     read_config,
     read_tokenizer,
     refuse,
     reporting,
     start_from,
     with_answers,
+    with_pools,
     write,
 )
-from smaug.step import keep_rate, text_views, training_step, video_mask
+from smaug.step import Step
 
 DEFAULT_RECIPE = "smaug"
 SHOWN = 20  # skipped files on the terminal; skipped.txt has them all
@@ -69,9 +68,18 @@ class Options:
     run_dir: Path | None = None  # default: runs/{recipe}-{size}-{time}
     init: Path | None = None  # start from the model and the tokenizer of this run
     resume: bool = False  # go on with the run in --run-dir
+    requeue: bool = False  # go on if --run-dir holds a run, else begin it: a line that may be run again and again
     max_steps: int | None = None  # stop after this many steps; the schedule stays as long as it is
     checkpoint_every: int = 200  # steps
+    keep: int = 2  # newest checkpoints that are kept
+    eval_every: int = 0  # steps; scores on the val split, and keeps the best checkpoint, too; 0: only at the end
     log_every: int = 10  # steps; losses are read from the device only then
+    compile: Literal["auto", "yes", "no"] = "auto"  # transformer blocks by torch.compile; auto: with --fast on a GPU
+    checkpoint_blocks: bool = False  # blocks are computed again in the backward, for much less memory
+    micro_batch: int = 0  # pairs of a process that are encoded at once, for less memory; 0: all
+    max_nonfinite: int = 10  # steps in a row that may be skipped since their gradients are not finite
+    shard: bool = False  # with torchrun: each process holds a part of the weights (FSDP2), not all (DDP)
+    timeout: float = 30.0  # minutes that a process waits for the others
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -85,18 +93,20 @@ def parse(arguments: list[str]) -> tuple[Options, str]:
     for part, start in starts.items():
         if start.startswith("-"):
             raise ValueError(f"--model.{part} needs a name on the Hugging Face Hub or a folder, and {start} is neither")
-    fast = False
+    fast = goes_on = False
     run_dir = _peek(rest, "--run-dir")
-    if "--resume" in rest:
-        if run_dir is None:
-            raise ValueError("--resume needs --run-dir: the folder of the run to go on with")
-        if _peek(rest, "--init"):
+    requeue = "--requeue" in rest
+    if run_dir is None and (requeue or "--resume" in rest):
+        raise ValueError(f"--{'requeue' if requeue else 'resume'} needs --run-dir: the folder of the run to go on with")
+    if "--resume" in rest or (requeue and (Path(str(run_dir)) / "config.json").exists()):
+        assert run_dir is not None
+        if _peek(rest, "--init") and not requeue:
             raise ValueError(f"--resume goes on with {run_dir}, which has begun already; leave --init out")
         config = read_config(Path(run_dir))
         saved = recipes.from_json(config["recipe"])
         if arguments[:1] == [name] and name != saved.name:
             raise ValueError(f"{run_dir} is a run of the recipe {saved.name}, not of {name}")
-        default, fast, size = saved, config["fast"], config["size"]
+        default, fast, size, goes_on = saved, config["fast"], config["size"], True
         if asked not in (None, size):
             raise ValueError(f"{run_dir} is a run of the size {size}, not of {asked}")
         _same_starts(run_dir, saved, starts)
@@ -127,6 +137,8 @@ def parse(arguments: list[str]) -> tuple[Options, str]:
         default=Options(recipe=default, fast=fast),
         config=(tyro.conf.AvoidSubcommands,),
     )
+    if goes_on:
+        options = replace(options, resume=True, init=None)
     if options.resume and (options.recipe, options.fast) != (default, fast):
         changed = "; ".join(_differences(recipes.to_json(default), recipes.to_json(options.recipe)))
         raise ValueError(
@@ -178,13 +190,19 @@ def _differences(a: Any, b: Any, at: str = "") -> Iterator[str]:
 
 
 def run(options: Options, size: str, command: str) -> int:
-    console = Console(markup=False)  # a file may be called clip[1].mp4
     began = time.perf_counter()
     recipe, way = options.recipe, device.choose(options.fast, options.device)
+    if distributed.asked():
+        way = replace(way, device=distributed.start(way.device, options.timeout))
+    ranks, first = distributed.ranks(), distributed.rank() == 0
+    console = Console(markup=False, quiet=not first)  # a file may be called clip[1].mp4
     steps = min(recipe.optim.steps, options.max_steps if options.max_steps is not None else recipe.optim.steps)
-    folder = options.run_dir or Path("runs") / f"{recipe.name}-{size}-{time.strftime('%Y%m%d-%H%M%S')}"
+    default_folder = Path("runs") / f"{recipe.name}-{size}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = options.run_dir or distributed.tell(default_folder)
     if (folder / "config.json").exists() and not options.resume:
         raise ValueError(f"{folder} holds a run already; add --resume to go on with it, or choose another --run-dir")
+    if options.micro_batch < 0 or options.keep < 1 or min(options.log_every, options.checkpoint_every) < 1:
+        raise ValueError("--keep, --log-every and --checkpoint-every must be at least 1, --micro-batch at least 0")
     folder.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(recipe.seed)
@@ -197,7 +215,7 @@ def run(options: Options, size: str, command: str) -> int:
     if begins:  # refuses a start that does not fit before anything is written
         starts = pretrained.load_weights(scratch, recipe.model)
     parameters = sum(p.numel() for p in scratch.parameters())
-    seconds = predicted_seconds(scratch, recipe, steps, device.matrix_rate(way))
+    seconds = predicted_seconds(scratch, recipe, steps, device.matrix_rate(way)) / ranks
     console.print(
         f"[bold]smaug {smaug.__version__}[/]  recipe {recipe.name}, size {size}, seed {recipe.seed}", markup=True
     )
@@ -207,66 +225,109 @@ def run(options: Options, size: str, command: str) -> int:
     console.print(
         f"predicted  {seconds / 60:.1f} minutes of training for {steps} steps (from counted FLOPs)", highlight=False
     )
+    if ranks > 1:
+        how = "FSDP2, a part of the weights each" if options.shard else "DDP, all weights each"
+        console.print(f"processes  {ranks}: {how}", highlight=False)
     for sentence in starts:
         console.print(f"start      {sentence}", highlight=False, soft_wrap=True)
     console.print(f"run        {folder}", highlight=False, soft_wrap=True)
 
-    clips, held_out = (open_split(recipe, split, console, way.device) for split in ("train", "test"))
-    tokenizer = _tokenizer(folder, clips, options)
+    with distributed.one_before_others():  # builds the embedded set, reads what others then find in the cache
+        clips = open_split(recipe, "train", console, way.device)
+        held_out = open_split(recipe, "test", console, way.device) if first else clips
+        chosen_on = open_split(recipe, "val", console, way.device) if first and options.eval_every else clips
+    with distributed.one_before_others(of_all=True):
+        tokenizer = _tokenizer(folder, clips, options, first)
     init = options.init.resolve() if options.init else None  # a run may be resumed from another folder
     if options.resume:
         init = read_config(folder).get("init")
     else:
         recipe = with_answers(recipe, clips)
+    loader = open_loader(recipe, clips, tokenizer, distributed.rank(), ranks)
+    recipe = with_pools(recipe, loader.size // ranks, ranks, begins=not options.resume)
 
     torch.manual_seed(recipe.seed)  # again, so that the weights do not depend on what came before
     model = build(recipe, tokenizer.get_vocab_size(), way.impl).to(way.device)
-    optimizer = adamw(model, recipe.optim)
+    start = "" if options.resume and checkpoint.steps(folder / "checkpoints") else _begin(model, recipe, init)
+    if start:
+        console.print(start, highlight=False, soft_wrap=True)
+    if options.compile == "yes" or (options.compile == "auto" and options.fast and way.device.type == "cuda"):
+        compile_blocks(model)
+    if options.checkpoint_blocks:
+        checkpoint_blocks(model)
+    step = Step(model, recipe)
+    engine: nn.Module = step
+    if ranks > 1 and options.shard:
+        distributed.shard(step, (Block, FusionBlock))
+    elif ranks > 1:
+        images = any(sample.kind == "image" for sample in clips.samples)
+        engine = distributed.replicate(step, way.device, unused=images or recipe.unmask_last > 0)
+    update = Update(model, recipe.optim)
+    keeper = checkpoint.Keeper(folder / "checkpoints", options.keep, distributed.host_group())
     totals: dict[str, float] = {
         "step": 0, "clips": 0, "tokens_computed": 0, "tokens_dense": 0,
         "device_seconds": 0.0, "data_seconds": 0.0, "wall_seconds": 0.0,
     }  # fmt: skip
-    state = None
+    samples = [len(clips), clips.fingerprint()]
     if options.resume:
-        state, damaged = checkpoint.load_newest(folder / "checkpoints", model, optimizer)
-        for sentence in damaged:
-            console.print(sentence, style="yellow", highlight=False, soft_wrap=True)
-        totals |= state["totals"] if state else {}
-        at = f"step {totals['step']:.0f}" if state else "step 0, since there is no checkpoint yet"
-        console.print(f"resuming at {at}", highlight=False)
-    if state is None and not init:
-        pretrained.load_weights(model, recipe.model)
-    if init and not totals["step"]:
-        console.print(f"init       {start_from(model, recipe, Path(init))}", highlight=False, soft_wrap=True)
-    if not options.resume:  # written when all that is read has been read, since with it a folder holds a run
+        totals |= _restore(keeper, model, update, console)
+        if (was := read_config(folder).get("samples")) not in (None, samples):
+            console.print(
+                f"the data are not what they were when the run began: {samples[0]} samples, not {was[0]}, or others, "
+                "or in another order. From here on batches are drawn from these",
+                style="yellow", highlight=False, soft_wrap=True,
+            )  # fmt: skip
+    elif first:  # written when all that is read has been read, since with it a folder holds a run
         config = {
             "init": str(init) if init else None,
             "size": size,
             "fast": options.fast,
             "command": command,
             "machine": device.describe(way.device),
+            "processes": ranks,
+            "samples": samples,
             "smaug": smaug.__version__,
             "recipe": recipes.to_json(recipe),
         }
         write(folder / "config.json", json.dumps(config, indent=2))
 
-    loader = open_loader(recipe, clips, tokenizer)
     if loader.size < recipe.data.batch:
         console.print(f"batch is {loader.size}, since there are no more clips", highlight=False)
-    loop = Loop(options, recipe, folder, console, way, model, optimizer, loader, totals, began)
+
+    def score(clips: Clips, report: Any = None) -> dict[str, Any] | None:
+        """Of the weights as they are now, on the first process; all take part."""
+        plain = evaluated(step, update, tokenizer, way)
+        return evaluate(plain, recipe, clips, tokenizer, way, report=report) if plain is not None else None
+
+    named: list[str] = []  # of skipped files, each once
+
+    def name_skipped(skips: Sequence[Skip]) -> None:
+        if first:
+            named[:] = _name_skipped(console, folder / "skipped.txt", [*clips.skipped, *skips])
+
+    loop = Loop(
+        options, folder, console, way, step, engine, update, keeper, loader, totals, began,
+        score=lambda: score(chosen_on), note_skipped=name_skipped,
+    )  # fmt: skip
     try:
         finished = loop.train(steps)
-    finally:  # a run that too many bad files end names all of them, too
-        skipped = _name_skipped(console, folder / "skipped.txt", [*clips.skipped, *loader.skipped.values()])
+    except ManifestError:  # a run that too many bad files end names all of them, too
+        name_skipped(list(loader.skipped.values()))
+        raise
+    totals = loop.totals_of_all()
     if not finished:
         console.print(f"stopped at step {totals['step']:.0f} and saved; go on with:", highlight=False)
         console.print(
             f"  python -m smaug.train --resume --run-dir {shlex.quote(str(folder))}", highlight=False, soft_wrap=True
         )
+        distributed.stop()
         return 0
 
     with reporting(console) as report:
-        result = evaluate(model, recipe, held_out, tokenizer, way, report=report)
+        result = score(held_out, report)
+    distributed.stop()
+    if result is None:
+        return 0
     totals["wall_seconds"] += time.perf_counter() - loop.began
     result |= {
         **totals,
@@ -277,7 +338,7 @@ def run(options: Options, size: str, command: str) -> int:
         "size": size,
         "batch": loader.size,
         "machine": device.describe(way.device),
-        "skipped": len(skipped),
+        "skipped": len(named),
     }
     write(folder / "result.json", json.dumps(result, indent=2))
     print_result(console, result)
@@ -285,22 +346,62 @@ def run(options: Options, size: str, command: str) -> int:
 
 
 def _name_skipped(console: Console, path: Path, skips: Sequence[Skip]) -> list[str]:
-    """Tells what was skipped, and keeps it beside what the run had met before it was resumed; a line each."""
-    lines = [one_line(f"{skip.name}: {skip.reason}") for skip in skips]
-    for line in lines[:SHOWN]:
+    """Tells what was skipped since it last did, and keeps it beside what was known, also of a run that was resumed; a
+    line each."""
+    known = path.read_text().splitlines() if path.exists() else []
+    lines = list(dict.fromkeys(one_line(f"{skip.name}: {skip.reason}") for skip in skips))
+    if new := [line for line in lines if line not in set(known)]:
+        write(path, "".join(line + "\n" for line in [*known, *new]))
+    for line in new[: max(0, SHOWN - len(known))]:
         console.print(f"skipped {line}", style="yellow", highlight=False, soft_wrap=True)
-    if len(lines) > SHOWN:
-        console.print(f"skipped {len(lines) - SHOWN} more, all in {path}", style="yellow", soft_wrap=True)
-    known = list(dict.fromkeys([*(path.read_text().splitlines() if path.exists() else []), *lines]))
-    if known:
-        write(path, "".join(line + "\n" for line in known))
-    return known
+    if new and len(known) + len(new) > SHOWN:
+        console.print(
+            f"{len(known) + len(new)} files are skipped so far, all in {path}", style="yellow", soft_wrap=True
+        )
+    return [*known, *new]
 
 
-def _tokenizer(folder: Path, clips: Clips, options: Options) -> Tokenizer:
-    """The run's own: that of the run or the checkpoint it starts from, or trained on its texts when it started."""
+def _begin(model: Model, recipe: Recipe, init: Path | str | None) -> str:
+    """Weights to begin with -> what to tell of them."""
+    if init:
+        return f"init       {start_from(model, recipe, Path(init))}"
+    pretrained.load_weights(model, recipe.model)
+    return ""
+
+
+def _restore(keeper: checkpoint.Keeper, model: Model, update: Update, console: Console) -> dict[str, float]:
+    """Loads the newest whole checkpoint, if there is any -> the totals at that step."""
+    state, damaged = checkpoint.load(keeper.folder, model, update.optimizer, ema=update.ema or None, group=keeper.group)
+    for sentence in damaged:
+        console.print(sentence, style="yellow", highlight=False, soft_wrap=True)
+    if state is None and damaged:
+        raise ValueError(f"no checkpoint in {keeper.folder} can be read. To begin the run again, remove that folder")
+    totals: dict[str, float] = state["totals"] if state else {}
+    if state and "nonfinite" in state:
+        update.set_nonfinite(state["nonfinite"])
+    at = f"step {totals['step']:.0f}" if state else "step 0, since there is no checkpoint yet"
+    console.print(f"resuming at {at}", highlight=False)
+    return totals
+
+
+def evaluated(step: Step, update: Update, tokenizer: Tokenizer, way: device.Way) -> Model | None:
+    """The model to evaluate: whole, with the mean weights if the recipe keeps a mean. On the first process; all of them
+    have to take part if they hold parts."""
+    if not (update.ema or any(isinstance(p, distributed.DTensor) for p in step.parameters())):
+        return step.model if distributed.rank() == 0 else None
+    weights = {name: distributed.whole(x) for name, x in (step.model.state_dict() | update.ema).items()}
+    if distributed.rank():
+        return None
+    model = build(step.recipe, tokenizer.get_vocab_size(), way.impl).to(way.device)
+    model.load_state_dict(weights)
+    return model
+
+
+def _tokenizer(folder: Path, clips: Clips, options: Options, first: bool) -> Tokenizer:
+    """The run's own: that of the run or the checkpoint it starts from, or trained on its texts when it started. The
+    first process writes it for the others."""
     path = folder / "tokenizer.json"
-    if options.resume and path.exists():
+    if path.exists() and (options.resume or not first):
         return read_tokenizer(folder)
     if options.init:
         tokenizer = read_tokenizer(options.init)
@@ -311,29 +412,6 @@ def _tokenizer(folder: Path, clips: Clips, options: Options) -> Tokenizer:
         tokenizer = train_tokenizer(texts, options.recipe.data.vocabulary)
     write(path, tokenizer.to_str(pretty=True))
     return tokenizer
-
-
-def count_tokens(recipe: Recipe, batch: Batch) -> tuple[int, int]:
-    """Rows that the encoders compute for a batch, and rows if nothing were masked or pruned; a mean over the blocks."""
-    video, mask, rate = recipe.model.video, video_mask(recipe, batch.step), keep_rate(recipe, batch.step)
-    computed, dense = 0.0, 0
-    for group in batch.groups:
-        times = video.times(group.video.shape[1])
-        sequences = len(group.samples) * video.sequences(group.video.shape[1])
-        kept = len(group.samples) * mask.keep(times, video.patches) // sequences
-        rows = []
-        fused = 0
-        for block in range(video.depth):
-            if block in video.prune.blocks:
-                stay = video.prune.count(kept, rate)
-                fused += stay < kept and video.prune.fuse != "none"
-                kept = stay
-            rows.append(sequences * (1 + kept + fused))
-        computed += sum(rows) / len(rows)
-        dense += sequences + len(group.samples) * times * video.patches
-    views = {id(view): view for view in text_views(recipe, batch).values()}
-    whole = [batch.options if view is batch.options else batch.words for view in views.values()]
-    return round(computed) + sum(v.rows for v in views.values()), dense + sum(w.rows for w in whole if w is not None)
 
 
 def predicted_seconds(model: Model, recipe: Recipe, steps: int, rate: float) -> float:
@@ -353,133 +431,6 @@ def predicted_seconds(model: Model, recipe: Recipe, steps: int, rate: float) -> 
     return flops * recipe.data.batch * steps / (rate / 3)
 
 
-class Loop:
-    """The training loop and what it must remember between steps."""
-
-    def __init__(
-        self, options: Options, recipe: Recipe, folder: Path, console: Console, way: device.Way, model: Model,
-        optimizer: torch.optim.Optimizer, loader: Loader, totals: dict[str, float], began: float,
-    ) -> None:  # fmt: skip
-        self.options, self.folder, self.console, self.way = options, folder, console, way
-        self.model, self.optimizer, self.loader, self.totals, self.began = model, optimizer, loader, totals, began
-        self.recipe = recipe
-        self.stop = False
-
-    def train(self, steps: int) -> bool:
-        """Trains up to a step; False if Ctrl-C or SIGTERM ended it before. Saves at the end either way."""
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed before the first step
-
-        start = int(self.totals["step"])
-        _cut(self.folder / "metrics.jsonl", start)
-        board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start)
-        with self._signals(), progress(self.console) as bars, open(self.folder / "metrics.jsonl", "a") as log:
-            task = bars.add_task("training", total=steps, completed=start, note="")
-            batches = self.loader.ahead(start, steps)
-            with contextlib.closing(batches):
-                saved = start
-                logged_at, clips = time.perf_counter(), 0
-                while self.totals["step"] < steps and not self.stop:
-                    waiting = time.perf_counter()
-                    try:
-                        batch = next(batches).to(self.way.device)
-                    except ManifestError:  # too many bad files; what was learned until then is kept
-                        if saved != self.totals["step"]:
-                            self._save()
-                        raise
-                    before = time.perf_counter()
-                    self.totals["data_seconds"] += before - waiting
-                    loss, parts = self._step(batch, int(self.totals["step"]))
-                    step = self._count(batch)
-                    clips += len(batch)
-                    log_now = step % self.options.log_every == 0 or step == steps
-                    if log_now:
-                        # The one place of the loop where the host waits for the device.
-                        numbers = torch.stack([loss.detach(), *(p.detach() for p in parts.values())]).tolist()
-                    self.totals["device_seconds"] += time.perf_counter() - before
-                    if log_now:
-                        row = {"step": step, "loss": numbers[0], **dict(zip(parts, numbers[1:], strict=True))}
-                        row["lr"] = learning_rate(step - 1, self.recipe.optim)
-                        row["clips_per_second"] = clips / (time.perf_counter() - logged_at)
-                        row |= {k: v for k, v in self.totals.items() if k not in ("step", "wall_seconds")}
-                        self._log(row, log, board, bars, task)
-                        logged_at, clips = time.perf_counter(), 0
-                    bars.update(task, completed=step)
-                    if step % self.options.checkpoint_every == 0:
-                        self._save()
-                        saved = step
-            if saved != self.totals["step"] or not checkpoint.steps(self.folder / "checkpoints"):
-                self._save()
-        board.close()
-        return not self.stop
-
-    def _step(self, batch: Batch, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.recipe.optim)
-        with self.way.autocast():
-            loss, parts = training_step(self.model, self.recipe, batch)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss, parts
-
-    def _count(self, batch: Batch) -> int:
-        computed, dense = count_tokens(self.recipe, batch)
-        for key, value in (("step", 1), ("clips", len(batch)), ("tokens_computed", computed), ("tokens_dense", dense)):
-            self.totals[key] += value
-        return int(self.totals["step"])
-
-    def _log(self, row: dict[str, float], log: Any, board: Any, bars: Progress, task: Any) -> None:
-        log.write(json.dumps(row) + "\n")
-        log.flush()
-        for key, value in row.items():
-            board.add_scalar(key, value, row["step"])
-        share = row["tokens_computed"] / row["tokens_dense"]
-        parts = "  ".join(f"{name} {row[name]:.3f}" for name in self.recipe.objectives)
-        note = f"loss {row['loss']:.3f}  {parts}  {row['clips_per_second']:.0f} clips/s  {share:.0%} of tokens kept"
-        bars.update(task, note=note)
-        if not self.console.is_terminal:
-            self.console.print(f"step {row['step']:.0f}  {note}", highlight=False)
-        if not math.isfinite(row["loss"]):
-            raise ValueError(
-                f"the loss is {row['loss']} at step {row['step']:.0f}; the last checkpoint in {self.folder} is from "
-                "before. Try a lower --optim.lr."
-            )
-
-    def _save(self) -> None:
-        now = time.perf_counter()
-        self.totals["wall_seconds"] += now - self.began
-        self.began = now
-        checkpoint.save(
-            self.folder / "checkpoints", int(self.totals["step"]), self.model, self.optimizer, {"totals": self.totals}
-        )
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM finish the step; a second Ctrl-C does not wait."""
-
-        def ask(number: int, frame: object) -> None:
-            if self.stop:
-                raise KeyboardInterrupt
-            self.stop = True
-            self.console.print("finishing the step and saving; once more to stop at once")
-
-        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-
-def _cut(path: Path, step: int) -> None:
-    """Rows beyond the checkpoint will be written again."""
-    if path.exists():
-        rows = [
-            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        write(path, "".join(row + "\n" for row in rows))
-
-
 def main() -> int:
     arguments = sys.argv[1:]
     try:
@@ -487,6 +438,10 @@ def main() -> int:
         return run(options, size, shlex.join(["python", "-m", "smaug.train", *arguments]))
     except (ValueError, OSError, DamagedError) as error:
         return refuse(error)
+    except RuntimeError as error:
+        if distributed.ranks() == 1 or "by peer" not in str(error):
+            raise
+        return refuse(RuntimeError(f"process {distributed.rank()}: another process is gone ({error})"))
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped at once; --resume goes on from what the run had saved", highlight=False)
         return 130

@@ -18,13 +18,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: list[set[str]] = [
     {"kernels"},
     {"tokens", "ops"},
-    {"model", "masks", "data"},
+    {"model", "masks", "data", "distributed"},
     {"objectives", "optim"},
     {"recipe"},
     {"recipes"},
-    {"step"},
-    {"train", "run", "embed", "evaluate", "device", "checkpoint", "metrics", "distributed", "cost", "ledger"}
-    | {"pretrained", "report", "doctor", "search", "visualise", "integrations", "testing"},
+    {"step", "micro_batches"},
+    {"train", "loop", "run", "embed", "evaluate", "device", "checkpoint", "metrics", "cost", "ledger"}
+    | {"blocks", "pretrained", "report", "doctor", "search", "visualise", "integrations", "testing"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 # So that a loader can be used without a model. masks: the loader masks words.

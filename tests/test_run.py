@@ -1,15 +1,19 @@
-"""A run that begins from another: what is carried over, and in which place."""
+"""A run that is read back; one that begins from another: what is carried over, and in which place."""
 
 import json
+import sys
 from dataclasses import replace
 
+import pytest
 import torch
 
 from smaug import checkpoint
 from smaug import recipe as recipes
+from smaug.evaluate import __main__ as evaluate
 from smaug.objectives.answer import Answer
 from smaug.optim import adamw
-from smaug.run import build, start_from
+from smaug.run import build, load_run, start_from
+from smaug.testing import save_random_run
 
 
 def made(tmp_path, answer, max_words=32, save=True):
@@ -47,3 +51,46 @@ def test_a_decoder_begins_from_the_fusion_encoder_also_after_a_classifier_and_fo
         assert speller.layers.state_dict()[name].equal(value)
     assert speller.position[:32].equal(old.text.position) and speller.position[32].equal(old.text.position[1])
     assert torch.equal(speller.word.weight, old.text.word.weight)
+
+
+def test_which_checkpoint_is_read_and_what_is_said(tmp_path, capsys, monkeypatch):
+    _, recipe = made(tmp_path / "small", Answer(answers=("yes", "no")), save=False)
+    folder = tmp_path / "run"
+    save_random_run(folder, recipe, ["a red square", "two of them"])
+    first = load_run(folder, "cpu").model
+    optimizer = adamw(first, recipe.optim)
+    half = {name: p.detach() * 0.5 for name, p in first.named_parameters()}
+    for step, score, ema in ((1, 0.9, None), (2, 0.1, half), (3, 0.2, None)):
+        checkpoint.save(folder / "checkpoints", step, first, optimizer, {}, ema=ema, score=score, keep=3)
+    assert [load_run(folder, "cpu", which).step for which in ("newest", "best", 2)] == [3, 1, 2]
+    averaged = load_run(folder, "cpu", 2).model
+    assert all(torch.equal(p, half[name]) for name, p in averaged.named_parameters())
+    assert capsys.readouterr() == ("", "")
+
+    path = folder / "checkpoints/step-3/model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    run = load_run(folder, "cpu")
+    said = f"smaug: {path.parent} is damaged (checksum of model.safetensors) and was passed over\n"
+    assert run.step == 2 and capsys.readouterr() == ("", said)
+    begun, _ = made(tmp_path / "small", Answer(answers=("yes", "no")), save=False)
+    assert "step 2" in start_from(begun, recipe, folder) and capsys.readouterr() == ("", said)
+    for which, match in (
+        (3, r"step-3 is damaged .* no checkpoint of step 3 that is whole; its steps are: 1, 2, 3$"),
+        (7, r"^\S* has no checkpoint of step 7 that is whole; its steps are: 1, 2, 3$"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            load_run(folder, "cpu", which)
+    save_random_run(tmp_path / "unscored", recipe, ["a red square"])
+    with pytest.raises(ValueError, match=r"no checkpoint with a score, which --eval-every gives; its steps are: 0$"):
+        load_run(tmp_path / "unscored", "cpu", "best")
+
+    asked = []
+
+    def loaded(folder, device, which):
+        asked.append(which)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(evaluate, "load_run", loaded)
+    for words, which in (([], "newest"), (["--step", "best"], "best"), (["--step", "12"], 12)):
+        monkeypatch.setattr(sys, "argv", ["evaluate", str(folder), *words])
+        assert evaluate.main() == 1 and asked.pop() == which

@@ -25,6 +25,7 @@ from smaug.data import shapes
 from smaug.data.loader import Batch, Loader, VisualGroup
 from smaug.data.text import pack, train_tokenizer
 from smaug.device import choose
+from smaug.loop import count_tokens
 from smaug.masks import TextMask, VideoMask
 from smaug.model.video_encoder import PruneConfig
 from smaug.objectives.vtm import Vtm
@@ -34,7 +35,6 @@ from smaug.run import build, open_loader, open_split
 from smaug.step import keep_rate, positives, training_step, video_mask
 from smaug.testing import HostReads, relative_error
 from smaug.tokens import packed_uniform
-from smaug.train import count_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 5

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from smaug import step as steps
 from smaug import train
 from smaug.data.manifest import Skip
 from smaug.evaluate import __main__ as evaluate
@@ -190,18 +191,18 @@ def test_killed_at_any_moment_and_gone_on_with(undisturbed, call, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop(undisturbed, call, tmp_path, monkeypatch, number):
     """Ctrl-C finishes the step, saves, and says how to go on."""
-    run, steps, step = tmp_path / "a run", [], train.training_step
+    run, taken, step = tmp_path / "a run", [], steps.training_step
 
     def interrupted(*arguments):
-        steps.append(1)
-        if len(steps) == 4:
+        taken.append(1)
+        if len(taken) == 4:
             signal.raise_signal(number)
         return step(*arguments)
 
     before = signal.getsignal(number)
-    monkeypatch.setattr(train, "training_step", interrupted)
+    monkeypatch.setattr(steps, "training_step", interrupted)
     code, out, _ = call(train.main, "mac", *SHAPES, "--run-dir", run)
-    assert code == 0 and len(steps) == 4 and signal.getsignal(number) is before
+    assert code == 0 and len(taken) == 4 and signal.getsignal(number) is before
     assert "finishing the step and saving" in out
     assert f"stopped at step 4 and saved; go on with:\n  python -m smaug.train --resume --run-dir '{run}'\n" in out
     assert not (run / "result.json").exists() and (run / "checkpoints/step-4/state.json").exists()
@@ -216,7 +217,7 @@ def test_a_second_ctrl_c_does_not_wait(call, tmp_path, monkeypatch):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(train, "training_step", interrupted)
+    monkeypatch.setattr(steps, "training_step", interrupted)
     code, _, err = call(train.main, "mac", *SHAPES, "--run-dir", tmp_path / "run")
     assert code == 130 and "stopped at once" in err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

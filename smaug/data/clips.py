@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +49,7 @@ class DataConfig:
     cache: bool = True  # read the embedded set from its decoded map; without it every clip is decoded live
     max_bad: float = 0.05  # share of unusable files above which a run stops
     vocabulary: int = 8192  # word pieces at most
-    workers: int = 0  # decoding threads; 0: one a core
+    workers: int = 0  # decoding threads of a process; 0: one a core, shared among the processes of a machine
     clip_seconds: float = MAX_SECONDS  # a clip that takes longer to decode is skipped
 
     def __post_init__(self) -> None:
@@ -79,6 +80,13 @@ class Clips:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def fingerprint(self) -> int:
+        """CRC32 of what the samples are called and say, in their order: batches are drawn by number."""
+        crc = 0
+        for s in self.samples:
+            crc = zlib.crc32("\0".join((s.name, s.kind, *s.captions, *s.answers, *s.options)).encode(), crc)
+        return crc
 
     def read(self, numbers: Sequence[int], views: Sequence[View]) -> list[Got]:
         """(F, size, size, 3) uint8 of each clip on the decoder's device, or why not; an image has one frame."""
@@ -153,7 +161,9 @@ def open_manifest(
 
 
 def _decoder(config: DataConfig, device: torch.device) -> Decoder:
-    return open_decoder(config.decoder, device, config.workers or os.cpu_count() or 1, config.clip_seconds)
+    # torchrun says how many processes share this machine.
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return open_decoder(config.decoder, device, config.workers or max(1, cores), config.clip_seconds)
 
 
 def check_share(bad: Sequence[Skip], total: int, limit: float, decoder: str = "auto") -> None:

@@ -7,7 +7,7 @@ import hashlib
 import math
 import queue
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +53,8 @@ class Batch:
     epoch: int
     step: int
     names: tuple[str, ...]
+    first: int = 0  # place of this process' first pair in the batch of all
+    places: Tensor | None = None  # (B,) int64, places of the pairs in that batch as they were drawn; None: in order
     options: PackedTokens | None = None  # of multiple choices: as many texts in a row for each clip
     answers: Tensor = NO_ANSWERS  # (B,) int64, number of the right option, or in the list of answers; -100: not in it
     # For a decoder of answers, see `text.beginnings`: n of them, the word after each, and whose each is, (n,) int64.
@@ -64,26 +66,28 @@ class Batch:
         return len(self.names)
 
     def to(self, device: torch.device) -> Batch:
-        def move(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
+        return self.map(lambda x: x.to(device, non_blocking=True))
 
-        words = tree_map_only(Tensor, move, self.words)
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same with another tensor for each."""
+        words = tree_map_only(Tensor, change, self.words)
         return replace(
             self,
-            groups=tuple(VisualGroup(move(g.video), move(g.samples)) for g in self.groups),
+            groups=tuple(VisualGroup(change(g.video), change(g.samples)) for g in self.groups),
             words=words,
             # one object stays one object: the step encodes each once
-            contrast=words if self.contrast is self.words else tree_map_only(Tensor, move, self.contrast),
-            masked=tree_map_only(Tensor, move, self.masked),
-            masked_rows=move(self.masked_rows),
-            masked_labels=move(self.masked_labels),
-            options=tree_map_only(Tensor, move, self.options),
-            answers=move(self.answers),
-            begun=tree_map_only(Tensor, move, self.begun),
-            begun_labels=move(self.begun_labels),
-            begun_of=move(self.begun_of),
-            video_keys=move(self.video_keys),
-            caption_keys=move(self.caption_keys),
+            contrast=words if self.contrast is self.words else tree_map_only(Tensor, change, self.contrast),
+            masked=tree_map_only(Tensor, change, self.masked),
+            masked_rows=change(self.masked_rows),
+            masked_labels=change(self.masked_labels),
+            options=tree_map_only(Tensor, change, self.options),
+            answers=change(self.answers),
+            begun=tree_map_only(Tensor, change, self.begun),
+            begun_labels=change(self.begun_labels),
+            begun_of=change(self.begun_of),
+            video_keys=change(self.video_keys),
+            caption_keys=change(self.caption_keys),
+            places=None if self.places is None else change(self.places),
         )
 
 
@@ -164,8 +168,10 @@ class Loader:
         order, epoch, first = self._draw(step)
         own = self.size // self.ranks
         first += self.rank * own
-        read = self._read(order, range(first, first + own), epoch)
-        read.sort(key=lambda pair: pair[1].shape[0], reverse=True)  # stable: videos, then images
+        drawn_at = enumerate(self._read(order, range(first, first + own), epoch), self.rank * own)
+        # stable: videos, then images
+        ordered = sorted(drawn_at, key=lambda drawn: drawn[1][1].shape[0], reverse=True)
+        read = [pair for _, pair in ordered]
         numbers = [number for number, _ in read]
 
         groups: list[VisualGroup] = []
@@ -227,6 +233,9 @@ class Loader:
             epoch=epoch,
             step=step,
             names=tuple(self.clips.samples[n].name for n in numbers),
+            first=self.rank * own,
+            # In order where all clips are of one kind, which the step then need not ask about.
+            places=None if len(groups) == 1 else torch.tensor([place for place, _ in ordered]),
             options=options,
             answers=right,
             begun=begun,
@@ -275,15 +284,23 @@ class Loader:
         flip = self.config.flip == "always" or (self.config.flip == "auto" and not tells_sides(said))
         return pick, crop, flip and rng.random() < 0.5
 
-    def ahead(self, first: int, last: int) -> Generator[Batch, None, None]:
-        """Batches of steps first .. last - 1, made in a thread of their own while the step before them computes."""
-        ready: queue.Queue[Batch | BaseException] = queue.Queue(AHEAD)
+    def ahead(self, first: int, last: int, device: torch.device | None = None) -> Generator[Batch, None, None]:
+        """Batches of steps first .. last - 1, made in a thread of their own while the step before them computes.
+
+        device  where they are to be. To a CUDA device they travel from pinned memory on a stream of their own, beside
+                what is computed there; the caller's stream waits for its batch, the host does not.
+        """
+        device = torch.device("cpu") if device is None else device
+        copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        ready: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException] = queue.Queue(AHEAD)
         stopped = threading.Event()
 
         def produce() -> None:
             for step in range(first, last):
+                made: tuple[Batch, torch.cuda.Event | None] | BaseException
                 try:
-                    made: Batch | BaseException = self.batch(step)
+                    batch = self.batch(step)
+                    made = (batch.to(device), None) if copies is None else _sent(batch, copies)
                 except BaseException as error:  # it belongs to the thread that asked for the batch
                     made = error
                 while not stopped.is_set():
@@ -302,10 +319,31 @@ class Loader:
                 made = ready.get()
                 if isinstance(made, BaseException):
                     raise made
-                yield made
+                batch, sent = made
+                yield batch if sent is None else _received(batch, sent, torch.cuda.current_stream(device))
         finally:
             stopped.set()
             thread.join(timeout=5)  # it is a daemon: a clip that hangs must not keep Ctrl-C waiting
+
+
+def _sent(batch: Batch, copies: torch.cuda.Stream) -> tuple[Batch, torch.cuda.Event]:
+    """The batch on its way to the device of `copies`, and the event of its arrival. What a decoder has left on a device
+    stays as it is."""
+    with torch.cuda.stream(copies):
+        # The allocator of pinned memory keeps what a copy still reads.
+        pinned = batch.map(lambda x: x.pin_memory() if x.device.type == "cpu" else x)
+        return pinned.to(copies.device), copies.record_event()
+
+
+def _received(batch: Batch, sent: torch.cuda.Event, stream: torch.cuda.Stream) -> Batch:
+    """The batch for use on `stream`, which waits for it."""
+    stream.wait_event(sent)
+
+    def keep(x: Tensor) -> Tensor:
+        x.record_stream(stream)  # its memory is that of the stream of copies, which must not reuse it too early
+        return x
+
+    return batch.map(keep)
 
 
 def _stacked(clips: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """Evaluate a run again, on its own test set or on another data set.
 
-python -m smaug.evaluate RUN [--frames 12] [--ensemble mean] [--top 128] [--shuffle-frames] [--split val]
+python -m smaug.evaluate RUN [--step best] [--frames 12] [--ensemble mean] [--top 128] [--shuffle-frames] [--split val]
 python -m smaug.evaluate RUN --format msrvtt --manifest MSRVTT_JSFUSION_test.csv --root videos
 python -m smaug.evaluate RUN --task mc --format msrvtt_mc --manifest MSRVTT_mc_test.json --root videos
 """
@@ -32,6 +32,7 @@ from smaug.run import load_run, open_split, refuse, reporting, write
 @dataclass(frozen=True)
 class Options:
     run: Annotated[Path, tyro.conf.Positional]  # folder of a run
+    step: int | Literal["newest", "best"] = "newest"  # the checkpoint; best: by the score of --eval-every
     task: Task | None = None  # default: the recipe's; for another one the model was not trained
     frames: int | None = None  # of each clip; default: the recipe's, else as many as in training
     ensemble: Ensemble = "concat"  # of a clip's frames: fused together, or each scored by itself and then aggregated
@@ -58,7 +59,7 @@ def main() -> int:
             number = getattr(options, name)
             if number is not None and number < 1:
                 raise ValueError(f"--{name} must be at least 1")
-        run = load_run(options.run, options.device)
+        run = load_run(options.run, options.device, options.step)
         recipe = on_other_data(run.recipe, options)
         others: dict[str, object] = {"--answers": options.answers} if recipe.task != "qa" else {}
         if recipe.task != "retrieval":

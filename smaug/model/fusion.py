@@ -75,7 +75,7 @@ class FusionBlock(nn.Module):
         x = words.values
         single = gate is not None and gate.shape[1] == 1
         q = self.query(self.norm_cross(x)).unflatten(1, (self.heads, -1))
-        k, v = self.project(frames) if key_value is None else key_value
+        k, v = FusionBlock.project(self, frames) if key_value is None else key_value
         o = ops.attention(
             q,
             k,

@@ -144,8 +144,11 @@ class Block(nn.Module):
         self.up = nn.Linear(width, int(mlp_ratio * width))
         self.down = nn.Linear(int(mlp_ratio * width), width)
 
+    # What `smaug.blocks` compiles or recomputes as one piece. Pieces call each other by the class: those of an instance
+    # may have been replaced.
+
     def forward(self, tokens: PackedTokens) -> PackedTokens:
-        return self.mlp(self.attend(tokens)[0])
+        return Block.mlp(self, Block.attend(self, tokens)[0])
 
     def attend(self, tokens: PackedTokens, *, score: bool = False) -> tuple[PackedTokens, Tensor | None]:
         """The first half. Pruning, if any, happens between the halves, so that the MLP sees survivors only."""
@@ -164,7 +167,7 @@ class Block(nn.Module):
         shape, x = (tokens.num_sequences, tokens.lengths, -1), self.norm1(tokens.values)
         asked, normed = (y.view(shape)[:, tokens.lengths - count :].flatten(0, 1) for y in (tokens.values, x))
         queries = packed_uniform(normed, count)
-        return self.mlp(queries.with_values(asked + self.attention.of(queries, tokens.with_values(x))))
+        return Block.mlp(self, queries.with_values(asked + self.attention.of(queries, tokens.with_values(x))))
 
     def mlp(self, tokens: PackedTokens) -> PackedTokens:
         x = tokens.values

@@ -171,12 +171,18 @@ class VideoEncoder(nn.Module):
         )
 
     def forward(
-        self, groups: Sequence[tuple[Tensor, Tensor]], *, keep_rate: float | None = None, seed: int = 0, step: int = 0
+        self,
+        groups: Sequence[tuple[Tensor, Tensor]],
+        *,
+        keep_rate: float | None = None,
+        seed: int = 0,
+        step: int = 0,
+        first: int = 0,
     ) -> EncodedVideo:
         """Rectangular groups of (video, ids_keep), e.g. videos and images, run as one packed batch.
 
         keep_rate is that of this step, by default the configuration's; seed and step choose the patches where the
-        configuration asks for random pruning.
+        configuration asks for random pruning, and `first`, how many clips of the batch stand before these.
         """
         tokens = cat_tokens([self.embed(video, ids_keep) for video, ids_keep in groups])
         tokens = tokens.with_values(normed(self.before, tokens.values))
@@ -192,7 +198,9 @@ class VideoEncoder(nn.Module):
             tokens, scores = block.attend(tokens, score=True)
             assert scores is not None
             if self.config.prune.score == "random":
-                scores = noise(tokens.rows, seed=seed, step=step, stream=PRUNE_STREAM, device=scores.device)
+                before = first * tokens.rows // sum(len(video) for video, _ in groups)
+                every = noise(before + tokens.rows, seed=seed, step=step, stream=PRUNE_STREAM, device=scores.device)
+                scores = every[before:]
             tokens, gone, fused = self._prune(tokens, scores, leave, fused)
             left.append(gone)
             tokens = block.mlp(tokens)

@@ -85,5 +85,10 @@ class Answer:
         if isinstance(heads, Speller):
             assert asked.begun is not None
             return F.cross_entropy(heads(asked.begun, asked.words, asked.begun_of), asked.begun_labels)
-        known = (asked.labels >= 0).sum().clamp(min=1)  # a batch may have none, whose mean would be no number
+        known = self.count(seen).clamp(min=1)  # a batch may have none, whose mean would be no number
         return F.cross_entropy(heads(asked.words.values), asked.labels, reduction="sum") / known
+
+    def count(self, seen: Seen) -> Tensor:
+        assert seen.asked is not None
+        labels = seen.asked.labels if seen.asked.begun is None else seen.asked.begun_labels
+        return (labels >= 0).sum()

@@ -39,3 +39,7 @@ class Mlm:
     def __call__(self, heads: nn.Module, seen: Seen) -> Tensor:
         assert seen.masked is not None
         return F.cross_entropy(heads(seen.masked.features), seen.masked.labels)
+
+    def count(self, seen: Seen) -> int:
+        assert seen.masked is not None
+        return len(seen.masked.labels)

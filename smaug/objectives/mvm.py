@@ -32,7 +32,7 @@ class Mvm:
         visible = [seen.video.stayed] + (seen.video.left if self.decoder.decoder_input == "exit" else [])
         masked = [ids.flatten(0, 1) for ids in chosen]
         rebuilt = heads(visible, torch.cat(masked) if len(masked) > 1 else masked[0], seen.video.cls)
-        total = sum(ids.numel() for ids in chosen)
+        total = self.count(seen)
         losses = []
         # split, not slices: the gradient of a slice is a zero tensor of the whole
         parts = rebuilt.split([len(ids) for ids in masked]) if len(masked) > 1 else [rebuilt]
@@ -45,10 +45,18 @@ class Mvm:
             losses.append(loss * (ids.numel() / total) if len(parts) > 1 else loss)
         return torch.stack(losses).sum() if len(parts) > 1 else losses[0]
 
+    def count(self, seen: Seen) -> int:
+        """Patches that are rebuilt."""
+        return sum(len(group.ids) * group.sequences * self._take(group) for group in seen.removed)
+
+    def _take(self, group: Removed) -> int:
+        removed = group.ids.shape[1] // group.sequences
+        return min(removed, max(1, round(self.decoder.share * removed)))
+
     def _some(self, group: Removed, seen: Seen) -> Tensor:
         """A random part of what was removed, (B, sequences, R') int32, ascending in each sequence."""
         ids = group.ids.view(len(group.ids), group.sequences, -1)
-        take = max(1, round(self.decoder.share * ids.shape[2]))
+        take = self._take(group)
         # As `VideoMask.draw` numbers moments, so that a draw does not depend on the batch.
         moment = torch.arange(group.sequences, device=ids.device)
         samples = torch.add(moment, group.samples[:, None], alpha=MOMENTS)

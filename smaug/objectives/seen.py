@@ -69,6 +69,7 @@ class Seen:
     epoch: int
     # (B, B) logits by contrast head, where they have been computed already, for the negatives
     scores: Mapping[nn.Module, Tensor] = field(default_factory=dict)
+    keys: Tensor | None = None  # (B, 2) int64, equal where videos, where captions are the same
     pairs: Pairs | None = None
     choices: Choices | None = None
     asked: Asked | None = None

@@ -26,6 +26,9 @@ class Vtm:
     negatives: int = 2  # videos a text, none of the same clip or with the same caption
     # The whole caption, or what the contrast sees of it: without its motion word it may fit the negative as well.
     words: Literal["whole", "contrast"] = "whole"
+    # Neighbouring pairs of a batch, as drawn, of which each is the others' candidate; 0: all that a process has. Fixed
+    # when a run begins, so that it may go on with fewer processes: frames of videos are not sent from one to another.
+    among: int = 0
 
     def heads(self, model: ModelConfig, vocabulary: int) -> nn.Linear:
         head = nn.Linear(model.text.width, 2)
@@ -36,3 +39,7 @@ class Vtm:
         assert seen.pairs is not None
         labels = torch.where(seen.pairs.valid, seen.pairs.labels, IGNORED)
         return F.cross_entropy(heads(seen.pairs.features).float(), labels, ignore_index=IGNORED)
+
+    def count(self, seen: Seen) -> Tensor:
+        assert seen.pairs is not None
+        return seen.pairs.valid.sum()

@@ -98,10 +98,11 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, _: Any) -> tuple[Any, ...]:
         if grad is None and grad_lse is None:
             return (None,) * 12
-        segment_bias, key_bias = ctx.saved_tensors[8:]
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint computes what was saved anew at each look
+        segment_bias, key_bias = saved[8:]
         wants = ctx.needs_input_grad
         dq, dk, dv, dsegment, dkey = _attention_backward(
-            grad, grad_lse, *ctx.saved_tensors, ctx.scale, wants[6] or wants[7], *ctx.lengths
+            grad, grad_lse, *saved, ctx.scale, wants[6] or wants[7], *ctx.lengths
         )
         dsegment = dsegment.to(segment_bias.dtype) if wants[6] else None
         dkey = dkey.to(key_bias.dtype) if wants[7] else None

@@ -278,7 +278,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float) -> tup
     """torch's CPU flash kernel on (sequences * L, H, E) -> o (sequences, L, H, E), lse (H, sequences * L)."""
     q_, k_, v_ = (x.view(sequences, -1, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     o, lse = torch._scaled_dot_product_flash_attention_for_cpu(q_, k_, v_, scale=scale)
-    return o.transpose(1, 2), lse.transpose(0, 1).reshape(q.shape[1], -1)
+    return o.transpose(1, 2), lse.transpose(0, 1).reshape(q.shape[1], -1).contiguous()  # reshape may return a view
 
 
 def _flash_backward(

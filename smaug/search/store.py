@@ -25,6 +25,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from smaug import checkpoint
+
 VERSION = 1  # raise it whenever the same video would give other vectors or another layout
 # Rows above which cells are searched, not all vectors: docs/search.md has the times.
 APPROXIMATE = 500_000
@@ -75,8 +77,7 @@ class Entry:
 
 def weights_of(run: Path, step: int) -> tuple[int, int]:
     """What tells two models apart: CRC-32 of a checkpoint's weights, and of the tokenizer."""
-    state = json.loads((run / "checkpoints" / f"step-{step}" / "state.json").read_text())
-    return state["crc32"]["model.safetensors"], zlib.crc32((run / "tokenizer.json").read_bytes())
+    return checkpoint.weights_crc32(run / "checkpoints", step), zlib.crc32((run / "tokenizer.json").read_bytes())
 
 
 def read_made(index: Path) -> Made:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from PIL import Image
 from smaug.data import shapes, text
 from smaug.data.clips import DataConfig, open_manifest, open_shapes
 from smaug.data.decode import Got
-from smaug.data.loader import AHEAD, Loader, caption_key, middle_frames
+from smaug.data.loader import AHEAD, Loader, _received, caption_key, middle_frames
 from smaug.data.manifest import ManifestError, Skip
 from smaug.masks import TextMask
 
@@ -328,6 +329,48 @@ def test_batches_are_made_ahead_but_not_without_end(mixed, monkeypatch):
     assert made == list(range(AHEAD + 2))  # one taken, AHEAD waiting, one in the maker's hands
     batches.close()
     assert not _threads() and len(made) == AHEAD + 2
+
+
+def test_batches_for_the_cpu_are_not_copied(mixed, monkeypatch):
+    source, made = loader(mixed), []
+    batch = source.batch
+    monkeypatch.setattr(source, "batch", lambda step: (made.append(batch(step)), made[-1])[1])
+    got = list(source.ahead(0, 3, torch.device("cpu")))
+    for a, b in zip(got, made, strict=True):
+        assert all(x is y for x, y in zip(tensors(a), tensors(b), strict=True)) and len(tensors(a)) > 10
+
+
+def tensors(batch):
+    found = []
+    batch.map(lambda x: (found.append(x), x)[1])
+    return found
+
+
+def test_a_batch_under_way_is_waited_for_and_its_memory_kept(mixed, monkeypatch):
+    """What `ahead` does on a CUDA device once the copy is ordered, told by a stream that only takes notes."""
+    batch, done = loader(mixed).batch(0), []
+    stream = SimpleNamespace(wait_event=lambda event: done.append(event))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, of: done.append((id(x), of)), raising=True)
+    got = _received(batch, "arrived", stream)
+    assert done[0] == "arrived"  # before any use
+    assert done[1:] == [(id(x), stream) for x in tensors(batch)]
+    assert all(x is y for x, y in zip(tensors(got), tensors(batch), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_batches_on_a_stream_of_their_own(mixed):
+    """Their numbers are right while the device is busy with the step before, and after their memory was given back."""
+    source, direct, device = loader(mixed), loader(mixed), torch.device("cuda", torch.cuda.current_device())
+    a = torch.randn(4096, 4096, device=device)
+    sums = []
+    for batch in source.ahead(0, 12, device):
+        assert {x.device for x in tensors(batch)} == {device}
+        for _ in range(20):
+            a = torch.tanh(a @ a)  # the step, which reads its batch late
+        sums.append([x.double().sum() for x in tensors(batch)])
+    for step, of_batch in enumerate(sums):
+        assert [x.item() for x in of_batch] == [x.double().sum().item() for x in tensors(direct.batch(step))]
 
 
 def test_errors_of_the_thread_reach_who_asked(mixed, monkeypatch):

@@ -30,7 +30,7 @@ def heads_of(vtc=Vtc(embed_dim=10)):  # noqa: B008
     torch.manual_seed(0)
     heads = vtc.heads(SIZES, 0)
     for p in heads.parameters():
-        if p.ndim:
+        if p.numel() > 1:
             p.data = torch.randn_like(p)
     return heads
 

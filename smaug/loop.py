@@ -1,0 +1,335 @@
+"""The training loop: batches in, steps, log lines, checkpoints, and what a run survives.
+
+Between two log lines the host asks the device for nothing. What it wants to know by then (losses, skipped steps) waits
+on the device, and with several processes all of them learn it together, as they do whether one was asked to stop.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from smaug import checkpoint, device, distributed
+from smaug.data.loader import Batch, Loader
+from smaug.data.manifest import ManifestError, Skip
+from smaug.micro_batches import backward_in_parts
+from smaug.optim import Update, learning_rate
+from smaug.recipe import Recipe
+from smaug.run import progress, write
+from smaug.step import Step, keep_rate, text_views, video_mask
+
+if TYPE_CHECKING:
+    from smaug.train import Options
+
+SUMMED = ("clips", "tokens_computed", "tokens_dense", "device_seconds", "data_seconds")  # over all processes
+Score = Callable[[], "dict[str, Any] | None"]
+
+
+class Loop:
+    """What the loop must remember between steps."""
+
+    def __init__(
+        self, options: Options, folder: Path, console: Console, way: device.Way, step: Step, engine: nn.Module,
+        update: Update, keeper: checkpoint.Keeper, loader: Loader, totals: dict[str, float], began: float, score: Score,
+        note_skipped: Callable[[list[Skip]], object],
+    ) -> None:  # fmt: skip
+        self.options, self.folder, self.console, self.way = options, folder, console, way
+        self.step, self.engine, self.update, self.keeper, self.loader = step, engine, update, keeper, loader
+        self.began, self.score, self.note_skipped, self.recipe = began, score, note_skipped, step.recipe
+        self.number = int(totals["step"])  # steps taken
+        self.first = distributed.rank() == 0
+        # Each process counts its own; what a resumed run has behind it is the first one's.
+        self.totals = totals if self.first else {**dict.fromkeys(totals, 0.0), "step": totals["step"]}
+        self.micro_batch = options.micro_batch or loader.size
+        self.asked = self.stop = False  # to stop; agreed on by all
+        remembered = max(options.log_every, options.max_nonfinite)
+        self.names: collections.deque[tuple[int, tuple[str, ...]]] = collections.deque(maxlen=remembered)
+        self.nonfinite = update.nonfinite()[0]
+
+    def train(self, steps: int) -> bool:
+        """Trains up to a step; False if Ctrl-C or SIGTERM ended it before. Saves at the end either way."""
+        start = self.number
+        saved = start if checkpoint.steps(self.keeper.folder) else -1  # step of the last checkpoint
+        with self._signals(), self._open_log(start) as note, self._written():
+            batches = self.loader.ahead(start, steps, self.way.device)
+            with contextlib.closing(batches):
+                logged_at, clips = time.perf_counter(), 0
+                while self.number < steps and not self.stop:
+                    waiting = time.perf_counter()
+                    try:
+                        batch = next(batches)
+                    except ManifestError:  # too many bad files; what was learned until then is kept
+                        if saved != self.number and distributed.ranks() == 1:
+                            self._save()
+                        raise
+                    before = time.perf_counter()
+                    self.totals["data_seconds"] += before - waiting
+                    loss, parts = self._step(batch)
+                    self._count(batch)
+                    clips += len(batch)
+                    log_now = self.number % self.options.log_every == 0 or self.number == steps
+                    if log_now:
+                        self.keeper.check()
+                        row = self._read(loss, parts)
+                    self.totals["device_seconds"] += time.perf_counter() - before
+                    if log_now:
+                        rate = distributed.ranks() * clips / (time.perf_counter() - logged_at)
+                        note(self._row(row, rate))
+                        self._judge_skipped(row)
+                        logged_at, clips = time.perf_counter(), 0
+                    if distributed.ranks() == 1:
+                        self.stop = self.asked
+                    note({"step": self.number})
+                    if self._due(self.options.eval_every, steps):
+                        note(self._score())
+                        saved = self.number
+                        logged_at, clips = time.perf_counter(), 0
+                    elif self._due(self.options.checkpoint_every, steps):
+                        self._save()
+                        saved = self.number
+            if saved != self.number:
+                self._save()
+        return self.number >= steps
+
+    def _due(self, every: int, steps: int) -> bool:
+        return every > 0 and self.number % every == 0
+
+    def _step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        while True:
+            try:
+                loss, parts = self._forward_and_backward(batch)
+                break
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                said, pairs = str(error).splitlines()[0], min(self.micro_batch, len(batch))
+            self._make_room(pairs, said)
+        self.update(self.number)
+        return loss, parts
+
+    def _forward_and_backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        with self.way.autocast():
+            if self.micro_batch < len(batch):
+                loss, parts = backward_in_parts(self.step, batch, self.micro_batch)
+            else:
+                loss, parts = self.engine(batch)
+        if self.micro_batch >= len(batch):
+            loss.backward()
+        elif self.engine is not self.step:
+            distributed.average_gradients(self.update.parameters)  # the engine has not seen these backwards
+        return loss, parts
+
+    def _make_room(self, pairs: int, said: str) -> None:
+        """After an error that has left some gradients behind, if it is not beyond help."""
+        half = (pairs + 1) // 2
+        if pairs == 1 or distributed.ranks() > 1:  # the others wait in the middle of this step
+            raise ValueError(
+                f"out of memory with {pairs} pairs at once in a process: {said}. Try --micro-batch {half} or a smaller "
+                "--data.batch; --resume goes on from the last checkpoint."
+            )
+        self.update.optimizer.zero_grad(set_to_none=True)
+        if self.way.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.micro_batch = half
+        self.console.print(
+            f"out of memory with {pairs} pairs at once; going on with {half} (--micro-batch {half}), which computes "
+            "the same in more time",
+            style="yellow", highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+    def _count(self, batch: Batch) -> None:
+        computed, dense = count_tokens(self.recipe, batch)
+        self.number += 1
+        self.names.append((self.number, batch.names))
+        self.totals["step"] = self.number
+        for key, value in (("clips", len(batch)), ("tokens_computed", computed), ("tokens_dense", dense)):
+            self.totals[key] += value
+
+    def _read(self, loss: Tensor, parts: dict[str, Tensor]) -> dict[str, float]:
+        """The one place of the loop where the host waits for the device, and the processes for each other."""
+        update, ranks = self.update, distributed.ranks()
+        means = torch.stack([loss.detach(), *(p.detach() for p in parts.values())]).float()
+        asked = torch.full((1,), float(self.asked), device=means.device)
+        told = distributed.total(torch.cat([means / ranks, asked]))
+        own = torch.stack([update.norm, update.skipped, update.in_a_row])
+        loss_now, *numbers, stop, norm, skipped, in_a_row = torch.cat([told, own]).tolist()
+        self.stop = stop > 0
+        return {
+            "step": self.number, "loss": loss_now, **dict(zip(parts, numbers, strict=True)),
+            "lr": learning_rate(self.number - 1, self.recipe.optim), "grad_norm": norm, "nonfinite_steps": skipped,
+            "in_a_row": in_a_row,
+        }  # fmt: skip
+
+    def totals_of_all(self) -> dict[str, float]:
+        """All processes have to ask."""
+        own = torch.tensor([self.totals[key] for key in SUMMED], dtype=torch.float64)
+        summed = distributed.total(own.to(self.way.device)).tolist()
+        return {**self.totals, **dict(zip(SUMMED, summed, strict=True))}
+
+    def _row(self, read: dict[str, float], rate: float) -> dict[str, float]:
+        row = {**read, "clips_per_second": rate} | {
+            k: v for k, v in self.totals_of_all().items() if k not in ("step", "wall_seconds")
+        }
+        del row["in_a_row"]
+        return row
+
+    def _judge_skipped(self, row: dict[str, float]) -> None:
+        if row["nonfinite_steps"] > self.nonfinite:
+            self.console.print(
+                f"step {self.number}: {row['nonfinite_steps']:.0f} steps so far were left out, since their gradients "
+                "were not finite",
+                style="yellow", highlight=False, soft_wrap=True,
+            )  # fmt: skip
+            self.nonfinite = row["nonfinite_steps"]
+        in_a_row = int(row["in_a_row"])
+        if in_a_row < self.options.max_nonfinite:
+            return
+        path = self.folder / "nonfinite.json"
+        named: dict[int, list[str]] = {}
+        for several in distributed.collect(list(self.names)[-in_a_row:]):
+            for step, names in several:
+                named[step] = [*named.get(step, []), *names]
+        if self.first:
+            write(path, json.dumps(named, indent=2))
+        raise ValueError(
+            f"the gradients of {in_a_row} steps in a row, up to step {self.number}, were not finite; {path} names "
+            f"their samples. The checkpoints in {self.folder} have finite weights. Try a lower --optim.lr or "
+            "--optim.clip 1."
+        )
+
+    def _score(self) -> dict[str, float]:
+        """Evaluates, and saves with the score that tells which checkpoint is the best."""
+        result = distributed.tell(self.score())
+        found = {f"val_{key}": value for key, value in result.items() if key in ("t2v_r1", "v2t_r1", "acc")}
+        name, score = next(iter(found.items()))
+        self._save(score)
+        self.console.print(f"step {self.number}  {name} {score:.1%}", highlight=False)
+        return {"step": self.number, **found}
+
+    def _skips(self) -> list[Skip]:
+        """What could not be decoded so far, of all processes."""
+        return [skip for several in distributed.collect(list(self.loader.skipped.values())) for skip in several]
+
+    def _save(self, score: float | None = None) -> None:
+        now = time.perf_counter()
+        self.totals["wall_seconds"] += now - self.began
+        self.began = now
+        self.note_skipped(self._skips())
+        state = {"totals": self.totals_of_all(), "nonfinite": self.update.nonfinite()}
+        update, model = self.update, self.step.model
+        self.keeper.save(self.number, model, update.optimizer, state, update.ema or None, score)
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """What is being saved is on the disk at the end, whatever ends the loop but a second Ctrl-C."""
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                self.keeper.wait()
+            raise
+        self.keeper.wait()
+
+    @contextlib.contextmanager
+    def _open_log(self, start: int) -> Iterator[Callable[[dict[str, float]], None]]:
+        """A function that writes a row of numbers to metrics.jsonl, TensorBoard and the screen."""
+        if not self.first:
+            yield lambda row: None
+            return
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not needed before the first step
+
+        path = self.folder / "metrics.jsonl"
+        _cut(path, start)
+        board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start)
+        with contextlib.closing(board), progress(self.console) as bars, open(path, "a") as log:
+            steps = min(self.recipe.optim.steps, self.options.max_steps or self.recipe.optim.steps)
+            task = bars.add_task("training", total=steps, completed=start, note="")
+
+            def note(row: dict[str, float]) -> None:
+                if len(row) > 1:
+                    # what is no number is no JSON either
+                    finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+                    log.write(json.dumps(finite) + "\n")
+                    log.flush()
+                    for key, value in row.items():
+                        board.add_scalar(key, value, row["step"])
+                if "loss" in row:
+                    self._tell(row, bars, task)
+                bars.update(task, completed=row["step"])
+
+            yield note
+
+    def _tell(self, row: dict[str, float], bars: Progress, task: Any) -> None:
+        share = row["tokens_computed"] / row["tokens_dense"]
+        parts = "  ".join(f"{name} {row[name]:.3f}" for name in self.recipe.objectives)
+        said = f"loss {row['loss']:.3f}  {parts}  {row['clips_per_second']:.0f} clips/s  {share:.0%} of tokens kept"
+        bars.update(task, note=said)
+        if not self.console.is_terminal:
+            self.console.print(f"step {row['step']:.0f}  {said}", highlight=False)
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM finish the step, or with several processes those up to the next log line; a second one
+        does not wait."""
+
+        def ask(number: int, frame: object) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+            self.console.print("finishing the step and saving; once more to stop at once")
+
+        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """On a CPU the allocator raises a RuntimeError that only its words tell apart."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _cut(path: Path, step: int) -> None:
+    """Rows beyond the checkpoint will be written again."""
+    if path.exists():
+        rows = [
+            line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
+        write(path, "".join(row + "\n" for row in rows))
+
+
+def count_tokens(recipe: Recipe, batch: Batch) -> tuple[int, int]:
+    """Rows that the encoders compute for a batch, and rows if nothing were masked or pruned; a mean over the blocks."""
+    video, mask, rate = recipe.model.video, video_mask(recipe, batch.step), keep_rate(recipe, batch.step)
+    computed, dense = 0.0, 0
+    for group in batch.groups:
+        times = video.times(group.video.shape[1])
+        sequences = len(group.samples) * video.sequences(group.video.shape[1])
+        kept = len(group.samples) * mask.keep(times, video.patches) // sequences
+        rows = []
+        fused = 0
+        for block in range(video.depth):
+            if block in video.prune.blocks:
+                stay = video.prune.count(kept, rate)
+                fused += stay < kept and video.prune.fuse != "none"
+                kept = stay
+            rows.append(sequences * (1 + kept + fused))
+        computed += sum(rows) / len(rows)
+        dense += sequences + len(group.samples) * times * video.patches
+    views = {id(view): view for view in text_views(recipe, batch).values()}
+    whole = [batch.options if view is batch.options else batch.words for view in views.values()]
+    return round(computed) + sum(v.rows for v in views.values()), dense + sum(w.rows for w in whole if w is not None)

@@ -1,0 +1,108 @@
+"""Several processes compute what one does: losses, gradients, weights; and a run goes on with fewer of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smaug.objectives.vtc import _InParts, same_pairs
+from smaug.testing import relative_error
+from tests import several_processes
+from tests.test_step import cancelled
+
+ROOT = Path(__file__).parents[1]
+
+
+def torchrun(processes, *command, check=True, **env):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | env
+    done = subprocess.run([*launch, *map(str, command)], env=env, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def compare(processes, name, ways, folder):
+    torchrun(processes, ROOT / "tests/several_processes.py", folder, name, *ways)
+    recipe, loader, tokenizer = several_processes.setting(name)
+    truth = several_processes.steps(recipe, loader, tokenizer, "")
+    for how in ways:
+        assert json.loads((folder / f"{how}.json").read_text()) == pytest.approx(truth[0], rel=1e-5), how
+        gradients = load_file(folder / f"{how} gradients.safetensors")
+        assert gradients.keys() == truth[1].keys()
+        for key, expected in truth[1].items():
+            if key not in cancelled(recipe):
+                assert relative_error(gradients[key], expected) < 1e-5, (how, key)
+        for what, expected in (("weights", truth[2]), ("means", truth[3])):
+            found = load_file(folder / f"{how} {what}.safetensors")
+            # AdamW makes as much of a gradient that is nothing but rounding as of any other: look at matrices.
+            for key in (k for k, x in expected.items() if x.ndim > 1):
+                assert relative_error(found[key], expected[key]) < 1e-4, (how, what, key)
+
+
+def test_two_processes_do_what_one_does(shapes_cache, tmp_path):
+    """DDP and FSDP2, in whole and in parts: so each equals the other, too."""
+    compare(2, "smaug", ["ddp", "fsdp", "fsdp parts"], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smaug", "mac", "dense", "qa", "mc"])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_do_what_one_does(name, processes, shapes_cache, tmp_path):
+    compare(processes, name, ["ddp", "ddp parts", "fsdp", "fsdp parts"], tmp_path)
+
+
+@pytest.mark.parametrize("part", [1, 4, 7, 100])
+def test_the_contrast_in_parts_is_the_contrast(part):
+    """Against the formula over the whole matrix, with its gradients; keys repeat, so rows have several positives."""
+    generator = torch.Generator().manual_seed(0)
+    every = torch.randint(0, 8, (12, 2), generator=generator)
+    keys = every[3:8]
+    vectors = [torch.randn(n, 6, generator=generator, dtype=torch.float64) for n in (5, 5, 12, 12)]
+    leaves = [x.div(x.norm(dim=1, keepdim=True)).requires_grad_() for x in vectors]
+    scale = torch.tensor([3.0], dtype=torch.float64, requires_grad=True)
+    text, video, texts, videos = leaves
+    same = same_pairs(keys, every)
+    assert same.sum(1).max() > 1
+    truth = sum(
+        -((x @ y.T * scale).log_softmax(1) * same / same.sum(1, keepdim=True)).sum()
+        for x, y in ((text, videos), (video, texts))
+    ) / (2 * 5)
+    loss = _InParts.apply(*leaves, scale, keys, every, part)
+    torch.testing.assert_close(loss, truth.view(()))
+    for got, want in zip(
+        torch.autograd.grad(2 * loss, [*leaves, scale]), torch.autograd.grad(2 * truth, [*leaves, scale]), strict=True
+    ):
+        torch.testing.assert_close(got, want)
+
+
+RUN = [
+    "-m", "smaug.train", "smaug", "--data.shapes", "64", "16", "16", "--data.batch", "16", "--optim.steps", "9",
+    "--log-every", "1", "--model.video.width=32", "--model.video.heads=2", "--model.text.width=32",
+    "--model.text.heads=2", "--model.fusion.heads=2", "--objectives.vtm.among", "4",
+]  # fmt: skip
+
+
+def losses(run):
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [[], ["--shard"]])
+def test_a_run_goes_on_with_fewer_processes_and_then_with_one(shard, shapes_cache, tmp_path):
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *RUN, "--run-dir", alone], env=env, check=True, capture_output=True)
+    torchrun(4, *RUN, "--run-dir", run, *shard, "--max-steps", "3")
+    torchrun(2, *RUN, "--run-dir", run, *shard, "--requeue", "--max-steps", "6")
+    subprocess.run([sys.executable, *RUN, "--run-dir", run, "--requeue"], env=env, check=True, capture_output=True)
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5) and len(losses(run)) == 9
+    result, undisturbed = (json.loads((r / "result.json").read_text()) for r in (run, alone))
+    assert result["clips"] == undisturbed["clips"] and result["tokens_computed"] == undisturbed["tokens_computed"]
+    # with more processes than there are pairs in a pool it cannot go on
+    done = torchrun(8, *RUN, "--run-dir", run, "--requeue", "--max-steps", "6", check=False)
+    assert done.returncode and "negatives are drawn among 4 pairs, and each of 8 processes has 2" in done.stderr

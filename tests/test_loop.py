@@ -1,0 +1,125 @@
+"""What the loop does beside stepping: it reads nothing, leaves out what is not finite, makes do with less memory."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from smaug import loop, train
+from smaug import step as steps
+from smaug.testing import HostReads
+
+TINY = [
+    "--data.shapes", "64", "16", "16", "--data.batch=16", "--optim.steps=8", "--log-every=1", "--run-dir=run",
+    "--model.video.width=32", "--model.video.heads=2", "--model.text.width=32", "--model.text.heads=2",
+    "--model.fusion.heads=2",
+]  # fmt: skip
+
+
+def rows(run="run"):
+    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run="run"):
+    return [row["loss"] for row in rows(run)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shapes_cache, tmp_path_factory):
+    """The losses of a run of 8 steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("undisturbed"))
+        patch.setattr("sys.argv", ["smaug", "smaug", *TINY])
+        assert train.main() == 0
+        return losses()
+
+
+def test_between_log_lines_the_host_reads_nothing(call, monkeypatch):
+    reads, between, read, trained = HostReads(), [], loop.Loop._read, loop.Loop.train
+
+    def logs(self, *given):
+        between.append(list(reads.found))
+        row = read(self, *given)
+        reads.found.clear()
+        return row
+
+    def trains(self, count):
+        with reads:
+            return trained(self, count)
+
+    monkeypatch.setattr(loop.Loop, "_read", logs)
+    monkeypatch.setattr(loop.Loop, "train", trains)
+    code, _, err = call(train.main, "smaug", *TINY, "--log-every=4", "--fast", "--optim.clip=1", "--optim.ema=0.9")
+    assert code == 0, err
+    assert between == [[], []] and len(reads.launched) > 1000
+    with reads:
+        assert torch.ones(1).item() == 1 and reads.found  # so it would have seen one
+
+
+def poisoned(monkeypatch, at):
+    step = steps.training_step
+
+    def training_step(model, recipe, batch):
+        loss, parts = step(model, recipe, batch)
+        return (loss * float("nan") if batch.step in at else loss), parts
+
+    monkeypatch.setattr(steps, "training_step", training_step)
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(call, monkeypatch, undisturbed):
+    poisoned(monkeypatch, {0, 3, 4})
+    code, out, err = call(train.main, "smaug", *TINY, "--optim.clip=10", "--max-nonfinite=3")
+    assert code == 0, err
+    assert [row["nonfinite_steps"] for row in rows()] == [1, 1, 1, 2, 3, 3, 3, 3]
+    found = losses()
+    assert [step for step, loss in enumerate(found) if loss is None] == [0, 3, 4]
+    # The first step left the weights as they were, so the second batch meets them as the first did.
+    assert found[1] != undisturbed[1]
+    assert "step 5: 3 steps so far were left out, since their gradients were not finite" in out
+
+
+def test_too_many_in_a_row_end_the_run_and_are_named(call, monkeypatch):
+    poisoned(monkeypatch, {4, 5, 6, 7})
+    code, _, err = call(train.main, "smaug", *TINY, "--max-nonfinite=3", "--checkpoint-every=2", "--log-every=4")
+    assert code == 1 and err.count("\n") == 1
+    assert "the gradients of 4 steps in a row, up to step 8, were not finite; run/nonfinite.json names" in err
+    named = json.loads(Path("run/nonfinite.json").read_text())
+    assert list(named) == ["5", "6", "7", "8"]
+    assert all(len(names) == 16 and names[0].endswith(".webm") for names in named.values())
+    monkeypatch.undo()
+
+
+def test_out_of_memory_halves_what_is_encoded_at_once(call, monkeypatch, undisturbed):
+    step = steps.training_step
+
+    def training_step(model, recipe, batch):
+        loss, parts = step(model, recipe, batch)
+        if batch.step == 3:
+            loss.register_hook(full)
+        return loss, parts
+
+    def full(grad):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried"
+        )
+
+    monkeypatch.setattr(steps, "training_step", training_step)
+    code, out, err = call(train.main, "smaug", *TINY)
+    assert code == 0, err
+    assert out.count("out of memory with 16 pairs at once; going on with 8 (--micro-batch 8)") == 1
+    assert losses() == pytest.approx(undisturbed, rel=1e-5)
+    code, out, err = call(train.main, "smaug", *TINY, "--micro-batch=5", "--run-dir=other")
+    assert losses("other") == pytest.approx(undisturbed, rel=1e-5)
+
+
+def test_what_does_not_fit_in_any_part_ends_the_run(call, monkeypatch):
+    def training_step(model, recipe, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr(steps, "training_step", training_step)
+    monkeypatch.setattr(loop, "backward_in_parts", lambda step, batch, pairs: training_step(step, None, batch))
+    code, out, err = call(train.main, "smaug", *TINY)
+    assert code == 1 and re.search("out of memory with 1 pairs at once in a process: CUDA out of memory", err)
+    assert [line.split()[4] for line in out.splitlines() if line.startswith("out of")] == ["16", "8", "4", "2"]
