@@ -46,7 +46,17 @@ class Run:
         self._from = 0
 
     def start(self, *more: object, **popen: object) -> "Run":
-        words = [sys.executable, *self.program, "mac", *SMALL, *self.flags, "--run-dir", self.folder, "--requeue", *more]
+        words = [
+            sys.executable,
+            *self.program,
+            "mac",
+            *SMALL,
+            *self.flags,
+            "--run-dir",
+            self.folder,
+            "--requeue",
+            *more,
+        ]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as log:
             self._from = log.tell()
@@ -124,7 +134,8 @@ class Run:
 
     def writing(self) -> list[Path]:
         """Checkpoints that are being written now, or were when a process ended."""
-        return list((self.folder / "checkpoints").glob(".step-*.aside"))
+        found = (self.folder / "checkpoints").glob(".step-*.aside")
+        return [path for path in found if not path.name.endswith(".old.aside")]  # those are being removed
 
     def files(self, step: int) -> dict[str, bytes]:
         top = self.folder / f"checkpoints/step-{step}"

@@ -9,7 +9,8 @@ import time
 import pytest
 
 pytestmark = pytest.mark.slow
-STEPS, EVERY = 40, 2  # every: steps from a checkpoint to the next, as in conftest.py
+STEPS = 40
+EVERY = 2  # steps from a checkpoint to the next, as in conftest.py; one is written while the next steps are taken
 FLAGS = ["--data.shapes", 64, 16, 16, "--optim.steps", STEPS]
 
 
@@ -61,7 +62,7 @@ def test_at_twenty_moments_of_one_run(run, undisturbed):
         lost.append(done - one.saved())
         seen.append((moment, done, one.saved(), len(one.writing())))
     print(*seen, sep="\n")
-    assert max(lost) <= EVERY and one.saved() == STEPS, seen
+    assert max(lost) <= 2 * EVERY and one.saved() == STEPS, seen
     assert sum(0 < done < STEPS for _, done, _, _ in seen) >= 8, seen  # most were killed in the midst of training
     one.finish()
     one.equals(whole)
@@ -83,7 +84,7 @@ def test_while_a_checkpoint_is_written(run, undisturbed):
         saved = one.saved()
         one.kill()
         assert one.writing() and one.saved() == saved >= before
-        assert max(int(row["step"]) for row in one.rows()) - saved <= EVERY
+        assert max(int(row["step"]) for row in one.rows()) - saved <= 2 * EVERY
     one.finish()
     assert f"resuming at step {saved}" in one.said and not one.writing()
     one.equals(whole)

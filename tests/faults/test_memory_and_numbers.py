@@ -1,4 +1,4 @@
-"""A step for which the memory is too small, and steps whose numbers are not finite: real ones, met by real processes."""
+"""A step for which there is too little memory, and steps whose numbers are not finite, in real processes."""
 
 import json
 import re
@@ -7,13 +7,13 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-# Little depends on the smallness of a model here: activations have to be large beside what else a process asks for.
+# Activations have to be large beside what else a process asks for.
 LARGER = [
     "--data.shapes", 64, 16, 16, "--optim.steps", 8, "--data.batch=32", "--video-mask.ratio=0",
     "--model.video.width=64", "--model.video.depth=2", "--model.video.frames=8",
 ]  # fmt: skip
 
-# Before step 5 the system is told to give no more than three quarters of what the steps before have taken.
+# In step 5 the system gives three quarters of what the first step has taken.
 TIGHT = """
 import resource, sys
 from smaug import loop, train
@@ -21,17 +21,16 @@ from smaug import loop, train
 def bytes_of(key):
     return next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith(key))
 
-step = loop.Loop._step
+step, needed = loop.Loop._step, []
 
 def tight(self, batch):
-    if self.number != 4:
-        return step(self, batch)
-    before, peak = bytes_of("VmSize"), bytes_of("VmPeak")
-    resource.setrlimit(resource.RLIMIT_AS, (before + (peak - before) * 3 // 4, -1))
-    try:
-        return step(self, batch)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    before = bytes_of("VmSize")
+    if self.number == 4:
+        resource.setrlimit(resource.RLIMIT_AS, (before + needed[0] * 3 // 4, -1))
+    out = step(self, batch)
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    needed.append(bytes_of("VmPeak") - before)
+    return out
 
 loop.Loop._step = tight
 sys.exit(train.main())
