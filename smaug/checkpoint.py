@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 KEPT = 2  # the newest ones; a damaged newest leaves one to fall back on
+Piece = tuple[Tensor, list[int]]  # of a tensor, and where in it the piece begins
 Which = int | Literal["newest", "best"]
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ class Keeper:
             raise ValueError(f"at least one checkpoint must be kept, not {keep}")
         self.folder, self.keep, self.group = folder, keep, group
         self.rank = dist.get_rank(group) if group is not None else 0
-        self.host: dict[str, dict[str, Tensor]] = {}  # copies in host memory, used again by the next save
+        self.host: dict[str, dict[str, Piece]] = {}  # copies in host memory, used again by the next save
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
 
@@ -71,7 +72,8 @@ class Keeper:
         if self.rank and not shared:
             return
         self.host = {part: self.host.get(part, {}) for part in parts}
-        offsets = {part: _copy(tensors, self.host[part], self.rank) for part, tensors in parts.items()}
+        for part, tensors in parts.items():
+            _copy(tensors, self.host[part], self.rank)
         copied = None
         if any(tensor.is_cuda for tensor in parts["model"].values()):
             # The copies are in the stream's order, so the next step may change the weights; the thread waits.
@@ -80,9 +82,7 @@ class Keeper:
         state = {"step": step, **json.loads(json.dumps(state))}  # now, as the loop goes on to change it
         if score is not None and math.isfinite(score):
             state["score"] = float(score)
-        self.thread = threading.Thread(
-            target=self._write, args=(state, offsets, shared, copied), name="checkpoint", daemon=True
-        )
+        self.thread = threading.Thread(target=self._write, args=(state, shared, copied), name="checkpoint", daemon=True)
         self.thread.start()
 
     def wait(self) -> None:
@@ -99,9 +99,7 @@ class Keeper:
         if self.thread is not None and not self.thread.is_alive():
             self.wait()
 
-    def _write(
-        self, state: dict[str, Any], offsets: dict[str, dict[str, Any]], shared: bool, copied: torch.cuda.Event | None
-    ) -> None:
+    def _write(self, state: dict[str, Any], shared: bool, copied: torch.cuda.Event | None) -> None:
         """In the thread. Only files and checksums, which leave Python's lock free; no arithmetic of torch, whose
         threads would keep spinning on the cores that the step computes on."""
         group = self.group if shared else None
@@ -112,15 +110,15 @@ class Keeper:
             if copied is not None:
                 copied.synchronize()
             if not self.rank:
-                _make_aside(aside, offsets if shared else ())
+                _make_aside(aside, self.host if shared else ())
 
         def write() -> dict[str, int]:
             checksums = {}
-            for part, tensors in self.host.items():
+            for part, pieces in self.host.items():
                 name = f"{part}.safetensors"
                 if shared:
                     name = f"{part}/shard-{self.rank + 1:05}-of-{dist.get_world_size(group):05}.safetensors"
-                checksums[name] = _write_tensors(aside / name, tensors, offsets[part] if shared else None)
+                checksums[name] = _write_pieces(aside / name, pieces, shared)
             return checksums
 
         def finish() -> None:
@@ -203,9 +201,6 @@ def load(
     return state, damaged
 
 
-load_newest = load  # as it was called before there was `which`
-
-
 def load_weights(folder: Path) -> tuple[dict[str, Tensor], int, list[str]]:
     """The weights of the newest whole checkpoint, averaged ones where it has them, on the CPU; its step; a sentence for
     each damaged one. Raises ValueError if there is none."""
@@ -254,28 +249,27 @@ def _of_part(checksums: dict[str, int], part: str) -> dict[str, int]:
 # Writing
 
 
-def _copy(tensors: dict[str, Tensor], host: dict[str, Tensor], rank: int) -> dict[str, Any]:
-    """Copies what this process is to write of some tensors to `host`, where room is made once -> where in its whole
-    tensor each begins."""
-    offsets: dict[str, list[int]] = {}
-    for name, tensor in tensors.items():
-        local, offset = tensor.detach(), [0] * tensor.dim()
-        if isinstance(local, DTensor):
-            at, placements = local.device_mesh.get_coordinate(), local.placements
-            [chunk] = local.__create_chunk_list__()
-            local, offset = local.to_local(), list(chunk.offsets)
-            if not local.numel() or any(n and not p.is_shard() for n, p in zip(at or (), placements, strict=True)):
-                continue  # nothing of it is here, or another process has the same
-        elif rank:
-            continue
-        offsets[name] = offset
-        room = host.get(name)
-        if room is None or (room.shape, room.dtype) != (local.shape, local.dtype):
-            room = host[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-        room.copy_(local, non_blocking=True)
-    for name in host.keys() - offsets.keys():
+@torch.no_grad()
+def _copy(tensors: dict[str, Tensor], host: dict[str, Piece], rank: int) -> None:
+    """Copies what this process is to write of some tensors to `host`, where room is made once."""
+    mine = {name: tensor for name, tensor in tensors.items() if _is_written_by(tensor, rank)}
+    for name in host.keys() - mine.keys():
         del host[name]
-    return offsets
+    for name, tensor in mine.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if name not in host or (host[name][0].shape, host[name][0].dtype) != (local.shape, local.dtype):
+            begins = tensor.__create_chunk_list__()[0].offsets if isinstance(tensor, DTensor) else [0] * tensor.dim()
+            host[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda), list(begins)
+        host[name][0].copy_(local, non_blocking=True)
+
+
+def _is_written_by(tensor: Tensor, rank: int) -> bool:
+    """A whole tensor by the first process; of one in parts each its own, if it has any and no other has the same."""
+    if not isinstance(tensor, DTensor):
+        return rank == 0
+    at = tensor.device_mesh.get_coordinate() or ()
+    copy = any(number and not where.is_shard() for number, where in zip(at, tensor.placements, strict=True))
+    return not copy and tensor.to_local().numel() > 0
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -315,14 +309,14 @@ def _make_aside(aside: Path, parts: Iterable[str]) -> None:
         (aside / part).mkdir()
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor], offsets: dict[str, Any] | None) -> int:
-    """-> the CRC-32 of the file. offsets: those of a shard."""
+def _write_pieces(path: Path, pieces: dict[str, Piece], shared: bool) -> int:
+    """-> the CRC-32 of the file."""
     metadata = None
-    if offsets is not None:
-        places = {name: {"saved_offsets": offset} for name, offset in offsets.items()}
+    if shared:
+        places = {name: {"saved_offsets": begins} for name, (_, begins) in pieces.items()}
         metadata = {"DCP_SHARDING_INFO": json.dumps(places), "DCP_VERSION": "1.0", "format": "pt"}
     try:
-        save_file(tensors, path, metadata)
+        save_file({name: piece for name, (piece, _) in pieces.items()}, path, metadata)
     except SafetensorError as error:  # a full disk, which is none of our callers' business to know by this name
         raise OSError(f"{path} cannot be written: {error}") from None
     _flush(path)

@@ -281,13 +281,19 @@ class Loop:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM finish the step, or with several processes those up to the next log line; a second one
-        does not wait."""
+        """Ctrl-C and SIGTERM finish the step, or with several processes those up to the next log line. A second
+        Ctrl-C does not wait; at once it would be torchrun's, which passes on to each what all have heard."""
+
+        first = 0.0  # seconds; of the first signal
 
         def ask(number: int, frame: object) -> None:
+            nonlocal first
+            now = time.monotonic()
             if self.asked:
-                raise KeyboardInterrupt
-            self.asked = True
+                if number == signal.SIGINT and now - first > 1:
+                    raise KeyboardInterrupt
+                return
+            first, self.asked = now, True
             self.console.print("finishing the step and saving; once more to stop at once")
 
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

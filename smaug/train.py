@@ -167,14 +167,18 @@ def begun_from(saved: ModelConfig, own: ModelConfig) -> ModelConfig:
 
 
 def _take(arguments: list[str], flag: str) -> str | None:
-    """Removes `flag value` or `flag=value` and returns the value."""
-    for i, word in enumerate(arguments):
-        if word == flag and i + 1 < len(arguments):
-            del arguments[i]
-            return arguments.pop(i)
-        if word.startswith(flag + "="):
-            return arguments.pop(i).split("=", 1)[1]
-    return None
+    """Removes every `flag value` and `flag=value` and returns the last value, as the parser does."""
+    rest, value = [], None
+    words = iter(arguments)
+    for word in words:
+        if word == flag:
+            value = next(words, None)
+        elif word.startswith(flag + "="):
+            value = word.split("=", 1)[1]
+        else:
+            rest.append(word)
+    arguments[:] = rest
+    return value
 
 
 def _peek(arguments: list[str], flag: str) -> str | None:

@@ -248,7 +248,7 @@ def test_the_copies_use_the_same_memory_again(tmp_path):
         train(model, optimizer, 1)
         keeper.save(step, model, optimizer, {}, ema=dict(model.named_parameters()) if step < 3 else None)
         keeper.wait()
-        rooms.append({(p, k): t.data_ptr() for p, tensors in keeper.host.items() for k, t in tensors.items()})
+        rooms.append({(p, k): t.data_ptr() for p, pieces in keeper.host.items() for k, (t, _) in pieces.items()})
     assert rooms[0] == rooms[1] and len(rooms[0]) == 8 + 7 * 3 + 7
     assert rooms[2] == {key: at for key, at in rooms[0].items() if key[0] != "ema"}
     assert not (tmp_path / "step-3/ema.safetensors").exists()
@@ -266,7 +266,7 @@ def test_the_loop_hears_of_a_failed_write_once(three, monkeypatch, hear):
     keeper.save(4, model, optimizer, {})
     keeper.thread.join(30)
     with pytest.raises(
-        OSError, match=r"^step 4 could not be saved, earlier .* whole: .*No space left.*step|'$"
+        OSError, match=r"^step 4 could not be saved, earlier checkpoints are whole: .*No space left"
     ) as told:
         keeper.save(5, model, optimizer, {}) if hear == "save" else getattr(keeper, hear)()
     assert told.value.__cause__ is full and "\n" not in str(told.value) and files(folder) == before
@@ -327,11 +327,9 @@ def test_averaged_weights(tmp_path):
     assert (step, damaged) == (2, []) and weights.keys() == model.state_dict().keys()
     for found in (other.state_dict(), weights):
         assert all(torch.equal(found[name], ema[name]) for name in ema) and found["seen"].tolist() == [1, 1, 1]
-    marks = {checkpoint.fingerprint(tmp_path, 2), hashlib.sha256((tmp_path / "step-2/ema.safetensors").read_bytes())
-             .hexdigest()[:16]}  # fmt: skip
-    assert len(marks) == 1 and checkpoint.weights_crc32(tmp_path, 2) == zlib.crc32(
-        (tmp_path / "step-2/ema.safetensors").read_bytes()
-    )
+    data = (tmp_path / "step-2/ema.safetensors").read_bytes()
+    assert checkpoint.fingerprint(tmp_path, 2) == hashlib.sha256(data).hexdigest()[:16]
+    assert checkpoint.weights_crc32(tmp_path, 2) == zlib.crc32(data)
     with pytest.raises(ValueError, match="does not fit the averaged weights: it lacks teacher"):
         checkpoint.load(tmp_path, other, ema={"teacher": torch.zeros(1)})
     flip(tmp_path / "step-2/ema.safetensors", -1)

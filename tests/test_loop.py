@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from smaug import loop, train
+from smaug import checkpoint, loop, train
 from smaug import step as steps
+from smaug.evaluate import __main__ as evaluate
 from smaug.testing import HostReads
 
 TINY = [
@@ -23,7 +24,7 @@ def rows(run="run"):
 
 
 def losses(run="run"):
-    return [row["loss"] for row in rows(run)]
+    return [row["loss"] for row in rows(run) if "loss" in row]
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +124,27 @@ def test_what_does_not_fit_in_any_part_ends_the_run(call, monkeypatch):
     code, out, err = call(train.main, "smaug", *TINY)
     assert code == 1 and re.search("out of memory with 1 pairs at once in a process: CUDA out of memory", err)
     assert [line.split()[4] for line in out.splitlines() if line.startswith("out of")] == ["16", "8", "4", "2"]
+
+
+def test_the_best_is_kept_and_all_of_it_is_resumed_bit_for_bit(call, monkeypatch):
+    """With averaged weights, clipping and a step that was left out."""
+    poisoned(monkeypatch, {1})
+    flags = [*TINY, "--optim.ema=0.8", "--optim.clip=0.5", "--eval-every=2", "--keep=1"]
+    code, _, err = call(train.main, "smaug", *flags)
+    assert code == 0, err
+    scores = {row["step"]: row["val_t2v_r1"] for row in rows() if "val_t2v_r1" in row}
+    assert list(scores) == [2, 4, 6, 8]
+    best = max(scores, key=lambda step: (scores[step], step))
+    assert checkpoint.steps(Path("run/checkpoints")) == sorted({best, 8})
+    code, _, err = call(evaluate.main, "run", "--step=best", "--split=val", "--no-controls", "--json=best.json")
+    assert code == 0 and json.loads(Path("best.json").read_text())["t2v_r1"] == scores[best], err
+
+    for steps_taken in ("--max-steps=3", "--max-steps=8"):
+        code, _, err = call(train.main, "smaug", *flags, "--run-dir=again", "--requeue", steps_taken)
+        assert code == 0, err
+    for name in ("model", "optim", "ema"):
+        first, second = (
+            Path(run, "checkpoints/step-8", f"{name}.safetensors").read_bytes() for run in ("run", "again")
+        )
+        assert first == second, name
+    assert rows("again")[-2]["nonfinite_steps"] == 1 and losses("again") == losses()
