@@ -41,6 +41,7 @@ def test_too_little_memory_for_one_batch(run, undisturbed, monkeypatch):
     """PyTorch's own allocator refuses; the step is done again in halves, said, and computes the same."""
     whole = undisturbed(*LARGER)
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back to the system, or a step needs none
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # a thread's first allocation would reserve 128 MB
     one = run("run", *LARGER, program=("-c", TIGHT)).finish()
     assert one.said.count("out of memory with 32 pairs at once; going on with 16 (--micro-batch 16)") == 1, one.said
     assert one.said.count("out of memory") == 1 and one.said.index("step 4 ") < one.said.index("out of memory")
