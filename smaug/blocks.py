@@ -33,10 +33,20 @@ def compile_blocks(model: Model, backend: str | Callable[..., Any] = "inductor")
     Blocks of one kind share a graph, so depth costs no compile time. It compiles when a piece is first called. Call it
     before `checkpoint_blocks`, `fully_shard` and DDP.
 
-    ValueError for a model of impl="reference", whose attention is a Python loop over lengths.
+    ValueError for a model of impl="reference", whose attention is a Python loop over lengths, and where inductor finds
+    no C++ compiler for a model on the CPU.
     """
     if model.impl == "reference":
         raise ValueError("the plain reference cannot be compiled, since it loops over sequences; add --fast")
+    if backend == "inductor" and next(model.parameters()).device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler  # takes a while, which every command would pay
+
+        try:
+            get_cpp_compiler()
+        except RuntimeError as error:
+            raise ValueError(
+                f"--compile needs a C++ compiler such as g++; install one, or leave it out: {error}"
+            ) from None
     # Two sizes that are equal by chance in the first batch would be compiled in as equal, and the next would compile
     # anew. There is no such option of torch.compile, so it is set for the process.
     torch.fx.experimental._config.use_duck_shape = False

@@ -54,7 +54,7 @@ class Loop:
         self.totals = totals if self.first else {**dict.fromkeys(totals, 0.0), "step": totals["step"]}
         self.micro_batch = options.micro_batch or loader.size
         self.asked = self.stop = False  # to stop; agreed on by all
-        remembered = max(options.log_every, options.max_nonfinite)
+        remembered = options.log_every + options.max_nonfinite  # as many as can be left out before it is seen
         self.names: collections.deque[tuple[int, tuple[str, ...]]] = collections.deque(maxlen=remembered)
         self.nonfinite = update.nonfinite()[0]
 
@@ -92,18 +92,18 @@ class Loop:
                     if distributed.ranks() == 1:
                         self.stop = self.asked
                     note({"step": self.number})
-                    if self._due(self.options.eval_every, steps):
+                    if self._due(self.options.eval_every):
                         note(self._score())
                         saved = self.number
                         logged_at, clips = time.perf_counter(), 0
-                    elif self._due(self.options.checkpoint_every, steps):
+                    elif self._due(self.options.checkpoint_every):
                         self._save()
                         saved = self.number
             if saved != self.number:
                 self._save()
         return self.number >= steps
 
-    def _due(self, every: int, steps: int) -> bool:
+    def _due(self, every: int) -> bool:
         return every > 0 and self.number % every == 0
 
     def _step(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -182,18 +182,19 @@ def fuse(
     summaries: list[Tensor] = []
     videos: list[Tensor] = []
     asked: list[Tensor] = []  # the words whose answers are read, such as the [CLS] of a pair
-    counts: list[int] = []  # how many of each text
+    counts: list[Sequence[int] | Tensor] = []  # how many of each text
     own = torch.arange(len(same), device=same.device)
-    rows = 0
+    rows: int | Tensor = 0
 
-    def add(view: str, video_ids: Tensor, these: Tensor, each: Sequence[int]) -> None:
+    def add(view: str, video_ids: Tensor, these: Tensor, each: Sequence[int] | Tensor) -> None:
         nonlocal rows
         texts.append(words[view])
         summaries.append(features[view])
         videos.append(video_ids)
         asked.append(these + rows)
-        counts.extend(each)
-        rows += words[view].rows
+        counts.append(each)
+        used = words[view].used
+        rows = rows + (words[view].cu_seqlens[-1] if used is None else used)
 
     def add_first(view: str, video_ids: Tensor) -> None:
         add(view, video_ids, words[view].first_rows(), [1] * len(video_ids))
@@ -217,8 +218,9 @@ def fuse(
         if batch.begun is None:
             add_first("question", own)
         else:  # a decoder reads all words of the question
-            every = torch.arange(words["question"].rows, device=own.device)
-            add("question", own, every, cast(Sequence[int], words["question"].lengths))
+            asks = words["question"]
+            every = torch.arange(asks.rows, device=own.device)
+            add("question", own, every, asks.cu_seqlens.diff() if asks.lengths is None else cast(Any, asks.lengths))
         parts["asked"] = len(asked[-1])
     if "masked" in words:
         add("masked", own, batch.masked_rows, batch.masked_counts)
@@ -231,7 +233,10 @@ def fuse(
         if model.selector.config.query == "own":
             query = features.get("match", features["contrast"]).index_select(0, torch.cat(videos))
         kv_ids, gate = model.selector(video.summaries, query, kv_ids, seed=recipe.seed, step=batch.step)
-    fused = model.fusion(texts, video.frames, kv_ids, gate, rows=torch.cat(asked), lengths=tuple(counts))
+    lengths: Sequence[int] | Tensor = [n for each in counts if not isinstance(each, Tensor) for n in each]
+    if any(isinstance(each, Tensor) for each in counts):  # with capacity; the other counts are ones
+        lengths = torch.cat([x if isinstance(x, Tensor) else torch.ones_like(own[:1]).expand(len(x)) for x in counts])
+    fused = model.fusion(texts, video.frames, kv_ids, gate, rows=torch.cat(asked), lengths=lengths)
 
     seen: dict[str, Any] = {}
     for (name, count), values in zip(parts.items(), fused.values.split(list(parts.values())), strict=True):

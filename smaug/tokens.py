@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 
@@ -88,6 +89,11 @@ class PackedTokens:
         """Rows before the tail, where the host knows."""
         lengths = host_lengths(self.lengths)
         return lengths * self.num_sequences if isinstance(lengths, int) else None if lengths is None else sum(lengths)
+
+    @property
+    def places(self) -> Tensor:
+        """ids as rows of a table: 0 instead of the tail's -1."""
+        return self.ids if self.used == self.rows else self.ids.clamp(min=0)
 
     def with_values(self, values: Tensor) -> PackedTokens:
         """The same sequences with other values (T, D'): what follows a layer."""
@@ -348,20 +354,58 @@ def cat_tokens(parts: Sequence[PackedTokens]) -> PackedTokens:
 def split_tokens(tokens: PackedTokens, like: Sequence[PackedTokens]) -> list[PackedTokens]:
     """The inverse of `cat_tokens(like)` for other values: parts with the offsets, ids and lengths of ``like``, views.
 
-    ValueError where a part but the last has a tail, since `cat_tokens` has moved its rows.
+    Where a part but the last has a tail, `cat_tokens` has moved rows: then the parts are copies, their tails zero.
     """
-    for part in like[:-1]:
-        if part.used != part.rows:
-            raise ValueError("split_tokens takes parts whose lengths the host knows and that have no tail.")
-    parts = tokens.values.split([part.rows for part in like])
-    return [part.with_values(values) for part, values in zip(like, parts, strict=True)]
+    if all(part.used == part.rows for part in like[:-1]):
+        parts = tokens.values.split([part.rows for part in like])
+        return [part.with_values(values) for part, values in zip(like, parts, strict=True)]
+    end = torch.stack([part.cu_seqlens[-1] for part in like]).long().cumsum(0)
+    found = []
+    for i, part in enumerate(like):
+        row = torch.arange(part.rows, device=end.device)
+        source = row if i == 0 else row + end[i - 1]
+        values = tokens.values.index_select(0, source.clamp(max=max(tokens.rows - 1, 0)))
+        found.append(part.with_values(without_tail(values, part.cu_seqlens)))
+    return found
 
 
-def take_rows(tokens: PackedTokens, rows: Tensor, lengths: Sequence[int] | int) -> PackedTokens:
-    """Some rows of each sequence: rows (n,) int64, ascending; lengths, on the host, how many of each sequence."""
+def without_tail(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """values (T, ...) with zeros at and after row cu_seqlens[-1]; no host read."""
+    tail = torch.arange(values.shape[0], device=values.device) >= cu_seqlens[-1]
+    return values.masked_fill(tail.reshape(-1, *[1] * (values.ndim - 1)), 0)
+
+
+def with_capacity(tokens: PackedTokens, rows: int, sequences: int | None = None) -> PackedTokens:
+    """The same with a tail up to ``rows`` rows, and empty sequences up to ``sequences``; lengths None.
+
+    ValueError if there are more already.
+    """
+    sequences = tokens.num_sequences if sequences is None else sequences
+    more = rows - tokens.rows
+    if more < 0 or sequences < tokens.num_sequences:
+        raise ValueError(
+            f"{tokens.rows} rows of {tokens.num_sequences} sequences do not fit a capacity of {rows} and {sequences}"
+        )
+    cu_seqlens = tokens.cu_seqlens
+    if sequences > tokens.num_sequences:
+        cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(sequences - tokens.num_sequences)])
+    values = F.pad(tokens.values, (*(0, 0) * (tokens.values.ndim - 1), 0, more))
+    return PackedTokens(values, cu_seqlens, F.pad(tokens.ids, (0, more), value=-1), F.pad(tokens.size, (0, more)), rows)
+
+
+def take_rows(tokens: PackedTokens, rows: Tensor, lengths: Sequence[int] | int | Tensor) -> PackedTokens:
+    """Some rows of each sequence: rows (n,) int64, ascending; lengths how many of each sequence.
+
+    On the host, an int or S ints; or on the device, (S,): then n is a capacity, and the rows behind the last are a
+    tail, whatever row each names.
+    """
+    values, ids, size = (x.index_select(0, rows) for x in (tokens.values, tokens.ids, tokens.size))
+    if isinstance(lengths, Tensor):
+        cu_seqlens = ragged_cu_seqlens(lengths)
+        values, size = without_tail(values, cu_seqlens), without_tail(size, cu_seqlens)
+        return packed_ragged(values, cu_seqlens, ids=ids.where(size > 0, -1), size=size)
     each = (lengths,) * tokens.num_sequences if isinstance(lengths, int) else lengths
     cu_seqlens = known_cu_seqlens(each, rows.device)
-    values, ids, size = (x.index_select(0, rows) for x in (tokens.values, tokens.ids, tokens.size))
     return packed_ragged(values, cu_seqlens, ids=ids, size=size, lengths=lengths)
 
 

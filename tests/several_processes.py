@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from smaug import distributed
+from smaug.blocks import checkpoint_blocks, compile_blocks
 from smaug.micro_batches import backward_in_parts
 from smaug.model.fusion import FusionBlock
 from smaug.model.layers import Block
@@ -36,6 +37,10 @@ def setting(name):
 def steps(recipe, loader, tokenizer, how):
     """-> losses, gradients of the first step, weights and their means after the last."""
     model = model_of(recipe, tokenizer, "auto")
+    if "compiled" in how:
+        compile_blocks(model, "eager")
+    if "recomputed" in how:
+        checkpoint_blocks(model)
     step = Step(model, recipe)
     engine = step
     if "ddp" in how:

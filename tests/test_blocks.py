@@ -78,6 +78,8 @@ def test_a_graph_serves_all_blocks_of_a_kind_and_all_lengths(name, graphs, fresh
     plain, compiled = (model_of(recipe, tokenizer, "auto") for _ in range(2))
     counter = CompileCounterWithBackend("eager")
     compile_blocks(compiled, counter)
+    if name == "smaug":
+        checkpoint_blocks(compiled)  # computed again, they are the same graphs
     assert list(compiled.state_dict()) == list(plain.state_dict())
     for batch in batches:
         got = results(compiled, recipe, batch)
@@ -107,6 +109,13 @@ def test_the_reference_is_not_compiled():
         compile_blocks(model_of(recipe, tokenizer, "reference"))
 
 
+def test_without_a_compiler_it_says_so(monkeypatch):
+    recipe, _, tokenizer = made("mac")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler.*install one"):
+        compile_blocks(model_of(recipe, tokenizer, "auto"))
+
+
 RECOMPUTED = ["smaug", "mac", pytest.param("dense", marks=pytest.mark.slow), pytest.param("qa", marks=pytest.mark.slow)]
 
 
@@ -127,20 +136,6 @@ def test_recomputed_blocks_give_the_same_bits(name, fast):
     with torch.no_grad():
         training_step(recomputed, recipe, batch)
     assert len(ran) == 3 * (recipe.model.video.depth + recipe.model.text.depth)  # nobody will go backward
-
-
-@pytest.mark.slow
-def test_recomputed_and_compiled_together(fresh):
-    recipe, batches, tokenizer = at_work("smaug")
-    compiled, both = (model_of(recipe, tokenizer, "auto") for _ in range(2))
-    counter = CompileCounterWithBackend("eager")
-    for model in (compiled, both):
-        compile_blocks(model, counter)
-    checkpoint_blocks(both)
-    for batch in (batches[0], batches[5], batches[10]):
-        assert_equal(results(both, recipe, batch), results(compiled, recipe, batch), **BITS)
-    assert counter.frame_count == 7  # recomputing compiles nothing anew, nor does a second model
-    assert not counters["graph_break"]
 
 
 def test_a_copy_of_the_model_has_blocks_of_its_own():
@@ -169,11 +164,11 @@ def test_recomputing_saves_memory():
     for change in (lambda model: None, checkpoint_blocks):
         model = build(recipe, tokenizer.get_vocab_size(), "auto")
         change(model)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)  # it is there before, and so not counted
 
         def step(model=model):
             training_step(model, recipe, batch)[0].backward()
 
-        step()  # gradients are there from now on, and added to: they are not counted
         peaks.append(peak_memory(step, torch.device("cpu")))
-    print(peaks)
     assert peaks[1] < peaks[0] / 2, peaks

@@ -57,6 +57,11 @@ def test_several_processes_do_what_one_does(name, processes, shapes_cache, tmp_p
     compare(processes, name, ["ddp", "ddp parts", "fsdp", "fsdp parts"], tmp_path)
 
 
+@pytest.mark.slow
+def test_with_compiled_and_recomputed_blocks(shapes_cache, tmp_path):
+    compare(2, "smaug", ["fsdp parts compiled recomputed"], tmp_path)
+
+
 @pytest.mark.parametrize("part", [1, 4, 7, 100])
 def test_the_contrast_in_parts_is_the_contrast(part):
     """Against the formula over the whole matrix, with its gradients; keys repeat, so rows have several positives."""

@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
-from smaug.optim import OptimConfig, adamw, learning_rate
+from smaug.optim import OptimConfig, Update, adamw, learning_rate
 from smaug.recipe import load, names
 from smaug.run import build
 
@@ -67,3 +68,56 @@ def test_one_step_is_adamw():
         optimizer.zero_grad()
     for name, (p, _, _) in want.items():
         torch.testing.assert_close(getattr(layer, name).detach().double(), p, atol=1e-6, rtol=1e-5)
+
+
+def gradients_of(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def test_an_update_clips_as_torch_does_and_averages():
+    config = OptimConfig(clip=0.5, ema=0.75, steps=10, warmup=0.0)
+    model, twin = (nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7)) for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    update, optimizer = Update(model, config), adamw(twin, config)
+    mean = {name: p.detach().clone() for name, p in twin.named_parameters()}
+    for step in range(4):
+        for one in (model, twin):
+            gradients_of(one, step)
+            if step == 3:  # shorter than the limit: left alone
+                for p in one.parameters():
+                    p.grad *= 1e-3
+        norm = nn.utils.clip_grad_norm_(twin.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        optimizer.step()
+        update(step)
+        torch.testing.assert_close(update.norm, norm)
+        for name, p in twin.named_parameters():
+            mean[name] = 0.75 * mean[name] + 0.25 * p.detach()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, dict(twin.named_parameters())[name], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(update.ema[name], mean[name], rtol=1e-5, atol=1e-7)
+        assert p.grad is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_update_leaves_out_what_is_not_finite(value):
+    model = nn.Linear(5, 7)
+    update = Update(model, OptimConfig(clip=1.0))
+    gradients_of(model, 0)
+    update(0)
+    before = [p.detach().clone() for p in model.parameters()]
+    moments = [{k: v.clone() for k, v in update.optimizer.state[p].items()} for p in model.parameters()]
+    for step in (1, 2):
+        gradients_of(model, step)
+        model.bias.grad[3] = value
+        update(step)
+        assert update.nonfinite() == [step, step]
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    for p, old in zip(model.parameters(), moments, strict=True):
+        assert all(torch.equal(update.optimizer.state[p][k], v) for k, v in old.items())
+    gradients_of(model, 3)
+    update(3)
+    assert update.nonfinite() == [2, 0] and not torch.equal(model.bias, before[1])

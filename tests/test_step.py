@@ -250,9 +250,28 @@ def test_the_host_never_asks(setup, impl, autocast):
     assert reads.found
 
 
-@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("images", [False, True])
+def test_a_batch_with_capacity_gives_the_same(setup, images):
+    """And nothing of it is read on the host, which does not know its lengths."""
+    recipe, batch, tokenizer = setup
+    batch = with_images(batch) if images else batch
+    rounded = batch.rounded(64)
+    assert rounded.words.lengths is None and rounded.words.rows % 64 == 0 < rounded.words.rows - batch.words.rows
+    assert (rounded.contrast is rounded.words) == (batch.contrast is batch.words)
+    loss, grads = gradients(model_of(recipe, tokenizer, "auto"), recipe, batch)
+    model = model_of(recipe, tokenizer, "auto")
+    with HostReads() as reads:
+        got, got_grads = gradients(model, recipe, rounded)
+    assert reads.found == []
+    assert abs(got - loss) <= 1e-6 * abs(loss)
+    for name, truth in grads.items():
+        if name not in cancelled(recipe):
+            assert relative_error(got_grads[name], truth) < 1e-6, name
+
+
+@pytest.mark.parametrize(("impl", "bucket"), [("auto", None), ("auto", 64), ("reference", None)])
 @pytest.mark.parametrize("name", RECIPES)
-def test_base_on_the_meta_device(name, impl):
+def test_base_on_the_meta_device(name, impl, bucket):
     """The full size, forward and backward, without one number: the meta device refuses every host read."""
     recipe = load(name, "base")
     if impl == "reference" and recipe.model.fusion.depth:
@@ -274,7 +293,7 @@ def test_base_on_the_meta_device(name, impl):
         caption_keys=torch.arange(n + images), epoch=0, step=recipe.optim.steps - 1, names=("",) * (n + images),
         options=pack(words * 5, 2), answers=torch.zeros(n + images, dtype=torch.int64),
     )  # fmt: skip
-    batch = batch.to(torch.device("meta"))
+    batch = (batch if bucket is None else batch.rounded(bucket)).to(torch.device("meta"))
     loss, parts = training_step(model, recipe, batch)
     assert loss.is_meta and loss.shape == () and set(parts) == set(recipe.objectives)
     loss.backward()

@@ -16,6 +16,7 @@ from smaug.tokens import (
     regroup,
     split_tokens,
     take_rows,
+    with_capacity,
 )
 
 
@@ -99,8 +100,37 @@ def test_split_is_the_inverse_of_cat():
     for part, again in zip(parts, split_tokens(both.with_values(both.values * 2), parts), strict=True):
         assert torch.equal(again.values, part.values * 2) and again.lengths == part.lengths
         assert again.cu_seqlens is part.cu_seqlens and again.ids is part.ids
-    with pytest.raises(ValueError, match="no tail"):
-        split_tokens(both, [_ragged([2, 1], tail=2), parts[1], parts[2]])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_split_of_parts_with_tails(known):
+    """cat moves the rows behind a tail up; split finds them again, and gives them their gradients alone."""
+    parts = [_ragged([2, 3], tail=2, known=known), _ragged([1], tail=1, known=known), _ragged([4, 0], tail=3)]
+    with HostReads() as reads:
+        both = cat_tokens(parts)
+        values = both.values.clone().requires_grad_()
+        again = split_tokens(both.with_values(values * 2), parts)
+        sum((part.values * (i + 1)).sum() for i, part in enumerate(again)).backward()
+    assert not reads.found
+    for part, back in zip(parts, again, strict=True):
+        used = int(part.cu_seqlens[-1])
+        assert torch.equal(back.values[:used], part.values[:used] * 2) and (back.values[used:] == 0).all()
+        assert back.rows == part.rows and back.cu_seqlens is part.cu_seqlens and back.lengths == part.lengths
+    assert values.grad[:, 0].tolist() == [2] * 5 + [4] + [6] * 4 + [0] * 6
+
+
+def test_capacity():
+    tokens = _ragged([2, 3])
+    roomy = with_capacity(tokens, 8, 4)
+    assert (
+        roomy.cu_seqlens.tolist() == [0, 2, 5, 5, 5] and roomy.lengths is None and roomy.max_seqlen == roomy.rows == 8
+    )
+    assert torch.equal(roomy.values[:5], tokens.values) and (roomy.values[5:] == 0).all()
+    assert roomy.ids.tolist() == [0, 1, 0, 1, 2, -1, -1, -1] and roomy.size.tolist() == [1] * 5 + [0] * 3
+    assert roomy.places.tolist() == [0, 1, 0, 1, 2, 0, 0, 0] and tokens.places is tokens.ids
+    for rows, sequences in ((4, 2), (5, 1)):
+        with pytest.raises(ValueError, match="5 rows of 2 sequences do not fit"):
+            with_capacity(tokens, rows, sequences)
 
 
 def test_take_rows():
@@ -111,6 +141,12 @@ def test_take_rows():
     assert some.cu_seqlens.tolist() == [0, 2, 2, 3, 5] and some.cu_seqlens.dtype == torch.int32
     assert torch.equal(some.values, tokens.values[[0, 2, 5, 7, 8]]) and some.ids.tolist() == [0, 2, 2, 0, 1]
     assert some.lengths == (2, 0, 1, 2) and some.max_seqlen == 2
+    with HostReads() as reads:  # counts on the device: the last two rows are a tail
+        roomy = take_rows(tokens, torch.tensor([0, 2, 5, 7, 8, 0, 3]), torch.tensor([2, 0, 1, 2]))
+    assert not reads.found
+    assert torch.equal(roomy.cu_seqlens, some.cu_seqlens) and roomy.lengths is None and roomy.max_seqlen == 7
+    assert torch.equal(roomy.values[:5], some.values) and (roomy.values[5:] == 0).all()
+    assert roomy.ids.tolist() == [0, 2, 2, 0, 1, -1, -1] and roomy.size.tolist() == [1] * 5 + [0] * 2
 
 
 def test_nested():

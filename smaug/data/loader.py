@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from smaug.data import text
@@ -22,7 +23,7 @@ from smaug.data.clips import Clips, DataConfig, View, check_share
 from smaug.data.frames import draw_crop, tells_sides
 from smaug.data.manifest import ManifestError, Skip
 from smaug.masks import MLM_STREAM, TextMask
-from smaug.tokens import PackedTokens
+from smaug.tokens import PackedTokens, with_capacity
 
 AHEAD = 2  # batches made ahead of the step
 IGNORED = -100  # the label of what does not count; cross_entropy's default
@@ -47,7 +48,7 @@ class Batch:
     masked: PackedTokens | None  # with [MASK] for the words that mlm asks for
     masked_rows: Tensor  # (n,) int64, their rows in `masked`
     masked_labels: Tensor  # (n,) int64, which words they were
-    masked_counts: tuple[int, ...]  # how many of them each caption has
+    masked_counts: tuple[int, ...] | Tensor  # how many of them each caption has; with capacity on the device, (B,)
     video_keys: Tensor  # (B,) int64, equal for the same clip
     caption_keys: Tensor  # (B,) int64, equal for the same caption
     epoch: int
@@ -65,6 +66,43 @@ class Batch:
     def __len__(self) -> int:
         return len(self.names)
 
+    def rounded(self, bucket: int) -> Batch:
+        """The same pairs with capacity: all that differs by batch is rounded up to a multiple of `bucket`, so that the
+        batches of a run have few sets of shapes, and no host number depends on the words.
+
+        Words get a tail, which is zero and ignored; labels of masked rows that are none are -100. The loss and the
+        gradients of a step stay what they were. ValueError for a batch whose masked words and answers are both read.
+        """
+        if self.masked is not None and self.begun is not None:
+            raise ValueError("a batch with masked words and answers to spell cannot be rounded: both would have a tail")
+        done: dict[int, PackedTokens | None] = {id(None): None}
+
+        def up(n: int) -> int:
+            return -(-n // bucket) * bucket
+
+        def room(tokens: PackedTokens | None, sequences: int | None = None) -> Any:
+            if id(tokens) not in done:
+                assert tokens is not None
+                done[id(tokens)] = with_capacity(tokens, up(tokens.rows), sequences)
+            return done[id(tokens)]
+
+        def pad(x: Tensor, value: int = 0) -> Tensor:
+            return F.pad(x, (0, up(len(x)) - len(x)), value=value)
+
+        return replace(
+            self,
+            words=room(self.words),
+            contrast=room(self.contrast),
+            masked=room(self.masked),
+            masked_rows=pad(self.masked_rows),
+            masked_labels=pad(self.masked_labels, IGNORED),
+            masked_counts=torch.as_tensor(self.masked_counts, dtype=torch.int64),
+            options=room(self.options),
+            begun=room(self.begun, None if self.begun is None else up(self.begun.num_sequences)),
+            begun_labels=pad(self.begun_labels, IGNORED),
+            begun_of=pad(self.begun_of),
+        )
+
     def to(self, device: torch.device) -> Batch:
         return self.map(lambda x: x.to(device, non_blocking=True))
 
@@ -80,6 +118,7 @@ class Batch:
             masked=tree_map_only(Tensor, change, self.masked),
             masked_rows=change(self.masked_rows),
             masked_labels=change(self.masked_labels),
+            masked_counts=change(self.masked_counts) if isinstance(self.masked_counts, Tensor) else self.masked_counts,
             options=tree_map_only(Tensor, change, self.options),
             answers=change(self.answers),
             begun=tree_map_only(Tensor, change, self.begun),

@@ -94,7 +94,10 @@ class FusionBlock(nn.Module):
             # Switch Transformer, Fedus et al. 2022, section 2.1.
             assert gate is not None
             rows = torch.arange(words.rows, device=x.device)
-            o = o * (1 + gate.index_select(0, torch.searchsorted(words.cu_seqlens[1:], rows, right=True))).to(o.dtype)
+            text = torch.searchsorted(words.cu_seqlens[1:], rows, right=True)
+            if words.used != words.rows:  # a tail, of no text
+                text = text.clamp(max=len(gate) - 1)
+            o = o * (1 + gate.index_select(0, text)).to(o.dtype)
         x = x + self.proj(o)
         if self.post:
             return words.with_values(normed(self.norm2, x + self.down(self.activation(self.up(x)))))
@@ -124,7 +127,7 @@ class Fusion(nn.Module):
         gate: Tensor | None,
         *,
         rows: Tensor | None = None,
-        lengths: Lengths = None,
+        lengths: Lengths | Tensor = None,
         keys_values: Sequence[KeyValue] | None = None,
     ) -> PackedTokens:
         """P packed texts, each paired with the frames that its row of kv_ids names -> their words, fused, (T, D).
@@ -134,8 +137,9 @@ class Fusion(nn.Module):
         frames      S sequences of encoded patches, (T_k, D_v), one sequence a frame.
         kv_ids      (P, M) int32, the frames that a text sees; -1 is none.
         gate        (P, M) fp32 added to the logits of a frame's keys, or None; see `FrameSelector`.
-        rows        (n,) int64 ascending, the words that are asked for, lengths[p] of text p; None: all of them. In the
-                    last block these alone look at the frames: nobody reads what it would say of the others.
+        rows        (n,) int64 ascending, the words that are asked for, lengths[p] of text p (see `take_rows`); None:
+                    all of them. In the last block these alone look at the frames: nobody reads what it would say of
+                    the others.
         keys_values `project(frames)`, if it has been made already.
         """
         distinct = list({id(text): text for text in texts}.values())
@@ -152,7 +156,7 @@ class Fusion(nn.Module):
         gate: Tensor | None = None,
         *,
         rows: Tensor | None = None,
-        lengths: Lengths = None,
+        lengths: Lengths | Tensor = None,
         keys_values: Sequence[KeyValue] | None = None,
         together: Sequence[int] | None = None,
     ) -> PackedTokens:

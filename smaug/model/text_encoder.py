@@ -50,7 +50,7 @@ class TextEncoder(nn.Module):
 
         -> text features (B, D), the normalised [CLS] rows; and all words, normalised, (T, D).
         """
-        x = F.embedding(words.values, self.word.weight) + F.embedding(words.ids, self.position)
+        x = F.embedding(words.values, self.word.weight) + F.embedding(words.places, self.position)
         # Embeddings are fp32 under autocast; the stream is kept in the precision of the products, as the video's is.
         kind = x.device.type
         if kind != "meta" and torch.is_autocast_enabled(kind):

@@ -51,7 +51,7 @@ class Speller(nn.Module):
     def forward(self, begun: PackedTokens, questions: PackedTokens, question_ids: Tensor) -> Tensor:
         """begun: n beginnings as `text.pack` lays them out; questions: S sequences of fused words; question_ids (n,)
         int64, whose each is -> (n, vocabulary) fp32 logits of the word that follows."""
-        x = F.embedding(begun.values, self.word.weight) + F.embedding(begun.ids, self.position)
+        x = F.embedding(begun.values, self.word.weight) + F.embedding(begun.places, self.position)
         texts = [begun.with_values(x.to(questions.values.dtype))]
         last = begun.cu_seqlens[1:] - 1
         kv_ids = question_ids.to(torch.int32)[:, None]

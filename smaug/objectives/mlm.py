@@ -40,6 +40,6 @@ class Mlm:
         assert seen.masked is not None
         return F.cross_entropy(heads(seen.masked.features), seen.masked.labels)
 
-    def count(self, seen: Seen) -> int:
+    def count(self, seen: Seen) -> Tensor:
         assert seen.masked is not None
-        return len(seen.masked.labels)
+        return (seen.masked.labels >= 0).sum()

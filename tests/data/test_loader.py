@@ -18,7 +18,7 @@ from PIL import Image
 from smaug.data import shapes, text
 from smaug.data.clips import DataConfig, open_manifest, open_shapes
 from smaug.data.decode import Got
-from smaug.data.loader import AHEAD, Loader, _received, caption_key, middle_frames
+from smaug.data.loader import AHEAD, IGNORED, Loader, _received, caption_key, middle_frames
 from smaug.data.manifest import ManifestError, Skip
 from smaug.masks import TextMask
 
@@ -329,6 +329,21 @@ def test_batches_are_made_ahead_but_not_without_end(mixed, monkeypatch):
     assert made == list(range(AHEAD + 2))  # one taken, AHEAD waiting, one in the maker's hands
     batches.close()
     assert not _threads() and len(made) == AHEAD + 2
+
+
+def test_rounded_batches_have_few_sets_of_shapes(shapes_cache):
+    source = loader(open_shapes("train", SMALL, 64, lambda *a: None), batch=16)
+    batches = [source.batch(step) for step in range(100)]
+    shapes = [
+        len({tuple(x.shape for x in tensors(b)) for b in some}) for some in (batches, [b.rounded(64) for b in batches])
+    ]
+    assert shapes[0] > 20 and shapes[1] <= 2, shapes
+    a, b = batches[0], batches[0].rounded(64)
+    assert b.masked_counts.tolist() == list(a.masked_counts)
+    n = len(a.masked_rows)
+    assert torch.equal(b.masked_rows[:n], a.masked_rows) and torch.equal(b.masked_labels[:n], a.masked_labels)
+    assert n < len(b.masked_rows) == len(b.masked_labels) and (b.masked_labels[n:] == IGNORED).all()
+    assert any(x is b.masked_counts for x in tensors(b))  # it travels
 
 
 def test_batches_for_the_cpu_are_not_copied(mixed, monkeypatch):

@@ -45,6 +45,15 @@ def test_cuts_do_not_show(monkeypatch, bias, heads_kv, kv):
     attention_cpu._known_plan.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("sequences", "length"), [(5, 1), (1, 7), (4, 3), (3, 100)])
+def test_results_are_laid_out_as_the_fake_says(dtype, sequences, length):
+    """A compiled graph has counted on it: torch's flash kernel gives lse of one query a sequence in another order."""
+    q = torch.randn(sequences * length, H, E, dtype=dtype)
+    o, lse = ops.attention(q, q, q, offsets([length] * sequences), lengths_q=length, return_lse=True)
+    assert o.is_contiguous() and lse.stride() == (sequences * length, 1)
+
+
 def test_how_lengths_are_cut():
     lengths = torch.tensor([20, 21, 22, 400, 23, 400]).numpy()
     cut = [group.tolist() for group in attention_cpu._groups(lengths, lengths, 12)]

@@ -1,0 +1,536 @@
+"""The cost model's tables: what many GPUs would do, and how far the model is off where it can be checked.
+
+    python -m benchmarks.scaling              # renews the tables of docs/scaling.md, and prints them
+    python -m benchmarks.scaling --measure    # first times steps on this machine, one thread, for the last table
+
+Every table but those of what was measured is a prediction: arithmetic of smaug/cost.py on data sheets.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+import tyro
+
+from benchmarks.bench_train_step import VOCABULARY, batch_of
+from smaug import cost, device
+from smaug.cost import BF16_CPU, CLUSTERS, FP32, RAW, REENCODED, Clips, Device, Job, Load, Work
+from smaug.optim import adamw
+from smaug.recipe import Recipe, load
+from smaug.run import build, refuse, write
+from smaug.step import training_step
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, MEASURED = ROOT / "docs/scaling.md", ROOT / "benchmarks/results/cost_on_cpu.csv"
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Options:
+    measure: bool = False  # time the steps again
+    rounds: int = 9  # of the interleaved steps; the median counts
+
+
+# --- what is measured here --------------------------------------------------------------------------------------------
+
+
+def configurations() -> dict[str, tuple[Recipe, int]]:
+    """Name -> recipe and pairs. The first one sets the share of the peak that the others are predicted with."""
+    smaug, small = load("smaug"), load("smaug", "small")
+    coarse = replace(smaug.model.video, patch=16)
+    return {
+        "dense, tiny, 32 pairs": (load("dense"), 32),
+        "smaug, tiny, 32 pairs": (smaug, 32),
+        "smaug, tiny, 128 pairs": (smaug, 128),
+        "smaug, tiny, patches of 16": (replace(smaug, model=replace(smaug.model, video=coarse)), 64),
+        "mac, tiny, 64 pairs": (load("mac"), 64),
+        "singularity, tiny, 64 pairs": (load("singularity"), 64),
+        "retrieval, tiny, 32 pairs": (load("retrieval"), 32),
+        "smaug, small, 2 pairs": (small, 2),
+        "dense, small, 1 pair": (load("dense", "small"), 1),
+    }
+
+
+def matrix_rate(way: device.Way) -> float:
+    """FLOP/s of products of 1024 x 1024, of processor time."""
+    a, count = torch.randn(1024, 1024, dtype=way.dtype), 4
+    a @ a
+    before = time.process_time()
+    for _ in range(count):
+        a @ a
+    return count * 2 * len(a) ** 3 / (time.process_time() - before)
+
+
+def copy_rate() -> float:
+    """Bytes a second that a copy of 128 MB reads and writes; the best of a few."""
+    a, best = torch.ones(32 << 20), 0.0
+    b = torch.empty_like(a)
+    for _ in range(5):
+        before = time.process_time()
+        b.copy_(a)
+        best = max(best, 2 * a.nbytes / (time.process_time() - before))
+    return best
+
+
+def measure(rounds: int) -> list[dict[str, str]]:
+    """Steps of all configurations, interleaved, forward to AdamW, in bf16 where the processor has it. Seconds are of
+    the processor, not of the clock: others may use the machine too."""
+    torch.set_num_threads(1)
+    way = device.choose(True, "cpu")
+    steps: dict[str, Callable[[], float]] = {}
+    for name, (recipe, pairs) in configurations().items():
+        steps[name] = stepper(recipe, pairs, way)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    rates = []
+    for number in range(rounds + 2):
+        rates.append((matrix_rate(way), copy_rate()))
+        for name, step in steps.items():
+            seconds = step()
+            if number >= 2:  # the heap has grown and pages have been touched
+                times[name].append(seconds)
+    machine = device.describe(way.device)
+    rate, copied = (max(r[i] for r in rates) for i in (0, 1))
+    return [
+        {
+            "configuration": name, "seconds": f"{median(times[name]):.5f}", "least": f"{min(times[name]):.5f}",
+            "most": f"{max(times[name]):.5f}", "matrix_rate": f"{rate:.4g}", "copy_rate": f"{copied:.4g}",
+            "dtype": str(way.dtype).removeprefix("torch."), "machine": machine, "date": time.strftime("%Y-%m-%d"),
+        }
+        for name in steps
+    ]  # fmt: skip
+
+
+def stepper(recipe: Recipe, pairs: int, way: device.Way) -> Callable[[], float]:
+    torch.manual_seed(0)
+    model, batch = build(recipe, VOCABULARY, way.impl), batch_of(recipe, pairs, way.device)
+    optimizer = adamw(model, recipe.optim)
+
+    def step() -> float:
+        before = time.process_time()
+        with way.autocast():
+            loss = training_step(model, recipe, batch)[0]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return time.process_time() - before
+
+    return step
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+WORDS = 16.0  # of a caption, [CLS] and [SEP] included: an assumption for web captions
+LOW, HIGH = 0.10, 0.43  # the published range of the share of the peak, see cost.EFFICIENCY
+FAILURES = 419 / (54 * 24 * 16384)  # a GPU-hour: Llama 3 405B on H100, Grattafiori et al. 2024, section 3.3.4
+RESTART = 300.0  # seconds from a failure to the first step: an assumption
+EVERY = 600.0  # seconds between checkpoints
+WRITE = 2e9  # bytes a second that checkpoints are written with: an assumption
+# Of the list of clips that every process keeps: bytes a clip and rows a second, by read_manifest on 50,000 rows of 12
+# words, one core of an AMD EPYC, 2026-11-28.
+LISTED, LISTING = 656, 65e3
+
+
+def rows_of(header: str, rows: list[list[object]]) -> str:
+    lines = [header, "|" + "---|" * (header.count("|") - 1)]
+    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
+
+
+def ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.0f}" if seconds >= 0.01 or seconds == 0 else f"{1e3 * seconds:.1f}"
+
+
+def given(pairs: int, gpus: int = 1, **more: int) -> Load:
+    return Load(pairs, words=WORDS, world=gpus, **more)
+
+
+def group(name: str) -> str:
+    """Parts that a table shows as one."""
+    for start, shown in {
+        "word embedding": "text encoder", "text block": "text encoder", "fusion": "fusion encoder",
+        "video block": "video blocks", "temporal": "temporal layer", "mvm": "mvm: pixel decoder",
+        "mlm vocabulary": "mlm: vocabulary", "patch": "patch embedding",
+    }.items():  # fmt: skip
+        if name.startswith(start):
+            return shown
+    return "other"
+
+
+def parts_table() -> str:
+    found: dict[str, list[Work]] = {}
+    recipes = ("smaug", "dense", "singularity")
+    for number, name in enumerate(recipes):
+        for part, work in cost.parts(load(name, "base"), given(128)).items():
+            found.setdefault(group(part), [Work()] * 3)[number] += work
+    order = sorted(found, key=lambda shown: (shown == "other", -found[shown][0].step_flops))
+    sums = [cost.total(found[shown][i] for shown in order) for i in range(3)]
+    body = [[shown, *(cells(work, whole) for work, whole in zip(found[shown], sums, strict=True))] for shown in order]
+    body.append(["**all**", *(cells(whole, whole) for whole in sums)])
+    body.append(["of these, attention's products", *(f"{w.attention_flops / w.flops:.0%}" for w in sums)])
+    body.append(["million weights", *(f"{w.weights / 1e6:.0f}" for w in sums)])
+    return rows_of("| prediction: GFLOP of a pair (share); MB kept | " + " | ".join(recipes) + " |", body)
+
+
+def cells(work: Work, whole: Work) -> str:
+    flops = work.step_flops / 128e9
+    return f"{flops:.1f} ({work.step_flops / whole.step_flops:.1%}); {work.saved / 128e6:.1f}" if work.weights else ""
+
+
+def blocks_table() -> str:
+    counted = cost.parts(load("smaug", "base"), given(128))
+    video = load("smaug", "base").model.video
+    body: list[list[object]] = []
+    for number in range(video.depth):
+        work = counted[f"video block {number}"]
+        rows = work.enters / (2 * video.width * 128 * video.sequences(video.frames))
+        body.append([number, f"{rows:.0f}", f"{work.step_flops / 128e9:.1f}", f"{work.saved / 128e6:.1f}"])
+    return rows_of("| video block | tokens of a frame that enter | prediction: GFLOP of a pair | MB kept |", body)
+
+
+def machines_table() -> str:
+    body = [
+        [
+            name, f"{c.device.flops / 1e12:.0f}", f"{c.device.bandwidth / 1e9:,.0f}", f"{c.device.memory / 1e9:.0f}",
+            f"{c.inside.name}, {c.inside.bandwidth / 1e9:.0f} GB/s x {c.inside.share}",
+            f"{c.adapters} x {c.between.name} x {c.between.share}", c.cores, f"{c.storage / 1e9:.0f}",
+        ]
+        for name, c in CLUSTERS.items()
+    ]  # fmt: skip
+    return rows_of(
+        "| GPU, 8 a machine | bf16 TFLOP/s | memory GB/s | GB | inside | between machines | cores | reads GB/s |", body
+    )
+
+
+def scaling_table(name: str, size: str, kind: str, pairs: Callable[[int], int], clips: Clips = REENCODED) -> str:
+    recipe, cluster, alone = load(name, size), CLUSTERS[kind], 0.0
+    body: list[list[object]] = []
+    for gpus in COUNTS:
+        if (each := pairs(gpus)) < 2:
+            continue
+        given_each = given(each, gpus)
+        counted, job = cost.parts(recipe, given_each), Job(gpus)
+        found = cost.step_time(counted, given_each, job, cluster, clips=clips)
+        rate = gpus * each / found.step
+        alone = alone or rate
+        body.append(
+            [
+                gpus, each, *(ms(x) for x in (found.compute, found.gather, found.reduce, found.decode, found.storage)),
+                f"**{ms(found.step)}**", f"{rate:,.0f}", f"{rate / alone / gpus:.0%}", found.limit,
+                fits(sum(cost.memory(counted, job).values()), cluster.device),
+            ]
+        )  # fmt: skip
+    return rows_of(
+        f"| prediction: {kind} | pairs a GPU | compute ms | all-gather | all-reduce | decode | storage | step | "
+        "clips/s | of linear | limit | GB |",
+        body,
+    )
+
+
+def fits(needed: float, gpu: Device) -> str:
+    return f"{needed / 1e9:.0f}" + ("" if needed <= gpu.memory else f", has {gpu.memory / 1e9:.0f}")
+
+
+def fixed(whole: int) -> Callable[[int], int]:
+    return lambda gpus: whole // gpus
+
+
+def memory_table() -> str:
+    body: list[list[object]] = []
+    for name, size in (("smaug", "base"), ("dense", "base"), ("smaug", "large")):
+        for pairs in (32, 128, 256):
+            counted = cost.parts(load(name, size), given(pairs, 8))
+            row: list[object] = [f"`{name}`, {size}", pairs]
+            for job in (Job(8), Job(8, shard=True), Job(8, checkpoint_blocks=True)):
+                found = cost.memory(counted, job)
+                state = sum(found[k] for k in ("weights", "gradients", "moments"))
+                row.append(f"{sum(found.values()) / 1e9:.1f} ({state / 1e9:.1f} + {found['activations'] / 1e9:.1f})")
+            body.append(row)
+    return rows_of(
+        "| prediction: GB of a GPU of 8 (state + activations) | pairs a GPU | DDP | FSDP2 | DDP, blocks run again |",
+        body,
+    )
+
+
+def shard_table() -> str:
+    body: list[list[object]] = []
+    for size, kind in (("base", "A6000"), ("base", "A100-80"), ("large", "A6000"), ("large", "H100")):
+        for gpus in (8, 64):
+            each = given(64, gpus)
+            counted = cost.parts(load("smaug", size), each)
+            times = [cost.step_time(counted, each, Job(gpus, shard=s), CLUSTERS[kind]) for s in (False, True)]
+            sizes = [sum(cost.memory(counted, Job(gpus, shard=s)).values()) / 1e9 for s in (False, True)]
+            body.append(
+                [f"{size}, {gpus} x {kind}", *(ms(t.gpu) for t in times), *(ms(t.gather + t.reduce) for t in times),
+                 *(f"{x:.1f}" for x in sizes)]
+            )  # fmt: skip
+    return rows_of(
+        "| prediction: `smaug`, 64 pairs a GPU | DDP ms | FSDP2 ms | waits, DDP | waits, FSDP2 | GB, DDP | GB, FSDP2 |",
+        body,
+    )
+
+
+def traffic_table() -> str:
+    body: list[list[object]] = []
+    for size, gpus, shard in (("base", 8, False), ("base", 128, False), ("base", 128, True), ("large", 128, True)):
+        each, job = given(128, gpus), Job(gpus, shard=shard)
+        for name, talk in cost.collectives(cost.parts(load("smaug", size), each), each, job).items():
+            how = f"{size}, {gpus} GPUs, {'FSDP2' if shard else 'DDP'}"
+            seconds = [ms(talk.seconds(gpus, CLUSTERS[kind])) for kind in ("A6000", "A100-80", "H100")]
+            body.append([how, name, talk.kind, f"{talk.count:.0f}", f"{talk.bytes / 1e6:,.0f}", *seconds])
+    return rows_of(
+        "| prediction: `smaug`, 128 pairs a GPU | what | how | how many | MB | A6000 ms | A100-80 ms | H100 ms |", body
+    )
+
+
+def feeding_table() -> str:
+    """What keeps a machine of 8 GPUs busy."""
+    body: list[list[object]] = []
+    each = given(128, 8)
+    counted = cost.parts(load("smaug", "base"), each)
+    for kind, cluster in CLUSTERS.items():
+        row: list[object] = [kind]
+        for efficiency in (cost.EFFICIENCY, HIGH):
+            rate = 8 * 128 / cost.step_time(counted, each, Job(8), cluster, efficiency=efficiency).gpu
+            row += [
+                f"{rate:,.0f}",
+                *(f"{rate * clips.core_seconds:.0f}" for clips in (REENCODED, RAW)),
+                f"{rate * REENCODED.bytes / 1e9:.1f}",
+            ]
+        body.append([*row, cluster.cores])
+    return rows_of(
+        f"| prediction: 8 GPUs | clips/s at {cost.EFFICIENCY:.0%} of the peak | cores, re-encoded | cores, as they "
+        f"come | GB/s | clips/s at {HIGH:.0%} | cores, re-encoded | cores, as they come | GB/s | cores there are |",
+        body,
+    )
+
+
+@dataclass(frozen=True)
+class Stage:
+    clips: float
+    epochs: int
+    size: str
+    kind: str
+    gpus: int
+    pairs: int  # a GPU
+
+
+PLAN = [
+    Stage(5e6, 10, "base", "A6000", 1, 128),
+    Stage(5e6, 10, "base", "A6000", 8, 128),
+    Stage(25e6, 10, "base", "A100-80", 8, 128),
+    Stage(100e6, 5, "base", "H100", 16, 256),
+    Stage(100e6, 5, "large", "H100", 32, 128),
+    Stage(1e9, 1, "large", "H100", 64, 128),
+    Stage(1e9, 2, "large", "B200", 128, 128),
+]
+
+
+def hours(stage: Stage) -> tuple[list[float], dict[Clips, float]]:
+    """Of a run over its whole schedule: of GPUs that never wait for clips, by share of the peak; and with clips of two
+    kinds at the first of these."""
+    recipe, job, cluster = load("smaug", stage.size), Job(stage.gpus), CLUSTERS[stage.kind]
+    loads = cost.schedule(recipe, given(stage.pairs, stage.gpus))
+    counted = [cost.parts(recipe, one) for one in loads]
+    steps = stage.clips * stage.epochs / (stage.gpus * stage.pairs)
+
+    def times(efficiency: float, clips: Clips) -> list[cost.StepTime]:
+        return [
+            cost.step_time(works, one, job, cluster, efficiency=efficiency, clips=clips)
+            for works, one in zip(counted, loads, strict=True)
+        ]
+
+    def whole(each: list[float]) -> float:
+        return steps * sum(each) / len(each) / 3600
+
+    fed = [whole([t.gpu for t in times(e, REENCODED)]) for e in (cost.EFFICIENCY, HIGH, LOW)]
+    return fed, {clips: whole([t.step for t in times(cost.EFFICIENCY, clips)]) for clips in (RAW, REENCODED)}
+
+
+def plan_tables() -> dict[str, str]:
+    """Time, and data."""
+    time_rows: list[list[object]] = []
+    data_rows: list[list[object]] = []
+    for stage in PLAN:
+        cluster, recipe = CLUSTERS[stage.kind], load("smaug", stage.size)
+        (took, least, most), waiting = hours(stage)
+        saved = cost.checkpoint_bytes(cost.parts(recipe, given(stage.pairs)))
+        rate = stage.clips * stage.epochs / took / 3600
+        failures = FAILURES * took * stage.gpus
+        machines, inside = -(-stage.gpus // cluster.per_machine), min(stage.gpus, cluster.per_machine)
+        what = f"{stage.clips / 1e6:,.0f} M x {stage.epochs}"
+        time_rows.append(
+            [
+                what, stage.size, f"{stage.gpus} x {stage.kind}", f"{stage.gpus * stage.pairs:,}",
+                f"**{took:,.0f}** ({least:,.0f} to {most:,.0f})", f"{took * stage.gpus:,.0f}",
+                *(f"{waiting[clips]:,.0f}" for clips in (REENCODED, RAW)), f"{saved / 1e9:.1f}; {saved / WRITE:.0f}",
+                f"{failures:.3f}; {failures * (EVERY / 2 + RESTART) / 60:.1f}",
+            ]
+        )  # fmt: skip
+        data_rows.append(
+            [
+                what, f"{stage.gpus} x {stage.kind}", f"{rate:,.0f}",
+                *(f"{rate * clips.core_seconds:,.0f}" for clips in (REENCODED, RAW)),
+                f"{machines * inside / cluster.per_machine * cluster.cores:,.0f}",
+                f"{stage.clips * REENCODED.prepare / 3600:,.0f}",
+                *(f"{stage.clips * clips.bytes / 1e12:,.1f}" for clips in (REENCODED, RAW)),
+                f"{rate * REENCODED.bytes / 1e9:.1f}", f"{LISTED * stage.clips * inside / 1e9:,.0f}",
+                f"{stage.clips / LISTING / 60:,.0f}",
+            ]
+        )  # fmt: skip
+    return {
+        "plan": rows_of(
+            "| prediction: clips x epochs | size | GPUs | batch | hours, fed (range) | GPU-hours | hours, re-encoded | "
+            "hours, as they come | checkpoint GB; s | failures; minutes lost |",
+            time_rows,
+        ),
+        "data": rows_of(
+            "| prediction: clips x epochs | GPUs | clips/s, fed | cores, re-encoded | cores, as they come | cores "
+            "there are | core-hours to re-encode | TB, re-encoded | TB, as they come | GB/s, re-encoded | list: GB a "
+            "machine | list: minutes |",
+            data_rows,
+        ),
+    }
+
+
+# Hours that others have published, and what our count of FLOPs then says of the share of the peak that they reached.
+# (whose, recipe, words of a caption, clips seen, GPU-hours, device). Singularity: 3 A100 for about a day (its README),
+# captions padded to 32; SMAUG: 50 A6000-hours (its abstract).
+PUBLISHED = [
+    ("Singularity, 5 M x 10 epochs", "singularity", 32, 5e6 * 10, 72, "A100-80"),
+    ("SMAUG, if 5 M x 10 epochs of this project's recipe", "smaug", WORDS, 5e6 * 10, 50, "A6000"),
+]
+
+
+def published_table() -> str:
+    body: list[list[object]] = []
+    for whose, name, words, seen, taken, kind in PUBLISHED:
+        recipe = load(name, "base")
+        flops = [
+            cost.total(cost.parts(recipe, replace(one, words=float(words))).values()).step_flops / one.pairs
+            for one in cost.schedule(recipe, given(128))
+        ]
+        mean = sum(flops) / len(flops)
+        reached = mean * seen / (taken * 3600)
+        peak = CLUSTERS[kind].device.flops
+        body.append(
+            [whose, f"{taken} {kind}-hours", f"{seen / taken / 3600:.0f}", f"{mean / 1e9:.0f}",
+             f"{reached / 1e12:.0f} TFLOP/s", f"**{reached / peak:.0%}**"]
+        )  # fmt: skip
+    return rows_of("| published | cost | pairs/s of a GPU | GFLOP of a pair | reached | of the peak |", body)
+
+
+# --- the model against this machine -----------------------------------------------------------------------------------
+
+
+def counted_here(name: str, dtype: str) -> dict[str, Work]:
+    recipe, pairs = configurations()[name]
+    batch = batch_of(recipe, pairs, torch.device("cpu"))
+    precision = BF16_CPU if dtype == "bfloat16" else FP32
+    each = Load(pairs, words=batch.words.rows / pairs, masked=len(batch.masked_rows) / pairs)
+    return cost.parts(recipe, each, vocabulary=VOCABULARY, precision=precision)
+
+
+def here(counted: dict[str, Work], cpu: Device, efficiency: float, launch: float) -> float:
+    """On a CPU nobody starts kernels ahead, so their overhead adds up."""
+    return sum(cost.computing(counted, cpu, Job(), efficiency)) + launch * cost.total(counted.values()).launches
+
+
+def fitted(first: tuple[dict[str, Work], float], second: tuple[dict[str, Work], float], cpu: Device) -> list[float]:
+    """Share of the peak and seconds an operation, from two configurations: by bisection, in turns."""
+    launch, low = 0.0, 0.0
+    for _ in range(15):
+        low, high = 1e-3, 10.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (middle, high) if here(first[0], cpu, middle, launch) > first[1] else (low, middle)
+        operations = cost.total(second[0].values()).launches
+        launch = max(0.0, (second[1] - here(second[0], cpu, low, 0.0)) / operations)
+    return [low, launch]
+
+
+def cpu_table() -> str:
+    with open(MEASURED, newline="") as file:
+        rows = list(csv.DictReader(file))
+    if not rows:
+        raise ValueError(f"{MEASURED} is empty; run with --measure")
+    dtype = rows[0]["dtype"]
+    cpu = Device("this CPU", float(rows[0]["matrix_rate"]), float(rows[0]["copy_rate"]), 0.0)
+    counted = [counted_here(row["configuration"], dtype) for row in rows]
+    seconds = [float(row["seconds"]) for row in rows]
+    efficiency, launch = fitted((counted[0], seconds[0]), (counted[1], seconds[1]), cpu)
+    body: list[list[object]] = []
+    for number, (row, works, took) in enumerate(zip(rows, counted, seconds, strict=True)):
+        predicted, whole = here(works, cpu, efficiency, launch), cost.total(works.values())
+        body.append(
+            [
+                row["configuration"], f"{whole.step_flops / 1e9:.1f}", f"{whole.launches:.0f}",
+                f"{1e3 * took:.0f} ({1e3 * float(row['least']):.0f} to {1e3 * float(row['most']):.0f})",
+                f"{1e3 * predicted:.0f}", f"{predicted / took - 1:+.0%}" if number > 1 else "fitted",
+            ]
+        )  # fmt: skip
+    table = rows_of("| step | GFLOP | operations | measured ms (range) | prediction ms | off by |", body)
+    said = (
+        f"Measured {rows[0]['date']} on {rows[0]['machine']}; {dtype} products reach {cpu.flops / 1e9:.0f} "
+        f"GFLOP/s, a copy {cpu.bandwidth / 1e9:.0f} GB/s. The first two steps set the share of the "
+        f"peak, {efficiency:.0%}, and {1e6 * launch:.0f} us an operation."
+    )
+    return f"{table}\n\n{said}"
+
+
+def tables() -> dict[str, str]:
+    return {
+        "parts": parts_table(),
+        "blocks": blocks_table(),
+        "machines": machines_table(),
+        "weak": "\n\n".join(scaling_table("smaug", "base", k, lambda _: 128) for k in ("A6000", "A100-80", "H100")),
+        "strong": "\n\n".join(
+            scaling_table("smaug", "base", kind, fixed(1024)) for kind in ("4090", "A6000", "A100-80", "H100")
+        ),
+        "traffic": traffic_table(),
+        "feeding": feeding_table(),
+        "memory": memory_table(),
+        "shard": shard_table(),
+        **plan_tables(),
+        "published": published_table(),
+        "cpu": cpu_table(),
+    }
+
+
+def renewed(page: str, found: dict[str, str]) -> str:
+    """The page with each table between `<!-- table NAME -->` and `<!-- end -->` in its place."""
+    for name, table in found.items():
+        pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.S)
+        if len(pattern.findall(page)) != 1:
+            raise ValueError(f"{PAGE} needs one '<!-- table {name} -->' with its '<!-- end -->' behind it")
+        page = pattern.sub(lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", page)
+    return page
+
+
+def main() -> int:
+    options = tyro.cli(Options, description=__doc__)
+    try:
+        if options.measure:
+            rows, lines = measure(options.rounds), io.StringIO()
+            writer = csv.DictWriter(lines, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write(MEASURED, lines.getvalue())
+        found = tables()
+        write(PAGE, renewed(PAGE.read_text(), found))
+    except (ValueError, OSError) as error:
+        return refuse(error)
+    for name, table in found.items():
+        print(f"\n{name}\n\n{table}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
