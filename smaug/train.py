@@ -199,6 +199,8 @@ def run(options: Options, size: str, command: str) -> int:
     if distributed.asked():
         way = replace(way, device=distributed.start(way.device, options.timeout))
     ranks, first = distributed.ranks(), distributed.rank() == 0
+    if options.shard and ranks == 1:
+        raise ValueError("--shard shares the weights among processes: start them by torchrun, see docs/engine.md")
     console = Console(markup=False, quiet=not first)  # a file may be called clip[1].mp4
     steps = min(recipe.optim.steps, options.max_steps if options.max_steps is not None else recipe.optim.steps)
     default_folder = Path("runs") / f"{recipe.name}-{size}-{time.strftime('%Y%m%d-%H%M%S')}"
