@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 from smaug import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-# The smallest model of every default's shape: these tests are about the loop. Two objectives' worth of randomness.
+# The smallest model of every default's shape: these tests are about the loop.
 SMALL = [
     "--model.video.width=32", "--model.video.depth=1", "--model.video.heads=2", "--model.video.frames=4",
     "--model.video.tubelet=2", "--model.text.width=32", "--model.text.depth=1", "--model.text.heads=2",
@@ -25,8 +26,6 @@ SMALL = [
 ]  # fmt: skip
 TIMES = ("device_seconds", "data_seconds", "wall_seconds", "clips_per_second")
 PATIENCE = 120  # seconds for what takes ten
-
-
 # What a person types for two processes on this machine; those that fail are started once more.
 TWO = (
     "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "smaug.train"
@@ -46,22 +45,12 @@ class Run:
         self._from = 0
 
     def start(self, *more: object, **popen: object) -> "Run":
-        words = [
-            sys.executable,
-            *self.program,
-            "mac",
-            *SMALL,
-            *self.flags,
-            "--run-dir",
-            self.folder,
-            "--requeue",
-            *more,
-        ]
+        words = [sys.executable, *self.program, "mac", *SMALL, *self.flags, "--requeue", "--run-dir", self.folder]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as log:
             self._from = log.tell()
             self.process = subprocess.Popen(
-                [str(word) for word in words], cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
+                [str(word) for word in (*words, *more)], cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
                 env={**os.environ, "COLUMNS": "300", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, **popen,
             )  # fmt: skip
         return self
@@ -93,17 +82,26 @@ class Run:
 
     def kill(self) -> None:
         """SIGKILL for it and all that it started."""
+        self.signal(signal.SIGKILL)
         assert self.process is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def worker(self, rank: int) -> int:
-        """The process number of one of those that torchrun has started."""
+    def signal(self, number: int) -> None:
+        """To all processes, as Slurm does it; those that torchrun starts have sessions of their own."""
         assert self.process is not None
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        of = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
-        return next(int(pid) for pid, environ in of.items() if f"RANK={rank}".encode() in environ)
+        for pid in [self.process.pid, *self.workers()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, number)
+
+    def workers(self) -> list[int]:
+        """Process numbers of those that torchrun has started, by rank; none of a process that is alone."""
+        assert self.process is not None
+        try:
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            ranks = {pid: re.findall(rb"\0RANK=(\d+)\0", Path(f"/proc/{pid}/environ").read_bytes()) for pid in children}
+        except FileNotFoundError:  # ended
+            return []
+        return [int(pid) for pid in sorted(children, key=ranks.__getitem__) if ranks[pid]]
 
     def until(self, what: Callable[[], object]) -> None:
         """Waits for a moment; the process may not end before it."""

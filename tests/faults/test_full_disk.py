@@ -31,9 +31,9 @@ def copied(run, other, folder):
 
 def stopped(one, work):
     """Does something while a run stands still."""
-    os.killpg(one.process.pid, signal.SIGSTOP)
+    one.signal(signal.SIGSTOP)
     done = work()
-    os.killpg(one.process.pid, signal.SIGCONT)
+    one.signal(signal.SIGCONT)
     return done
 
 

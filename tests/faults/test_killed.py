@@ -1,6 +1,5 @@
 """kill -9 at any moment: at most the steps since the last checkpoint are done again, and the end is the same."""
 
-import os
 import random
 import re
 import signal
@@ -77,10 +76,10 @@ def test_while_a_checkpoint_is_written(run, undisturbed):
         one.until(lambda before=before: one.saved() >= before)
         while True:
             one.until(new_write(one, files))
-            os.killpg(one.process.pid, signal.SIGSTOP)
+            one.signal(signal.SIGSTOP)
             if one.writing():
                 break
-            os.killpg(one.process.pid, signal.SIGCONT)
+            one.signal(signal.SIGCONT)
         saved = one.saved()
         one.kill()
         assert one.writing() and one.saved() == saved >= before

@@ -16,7 +16,7 @@ def test_one_of_two_is_killed(two, undisturbed, rank):
     whole, one = undisturbed(*SHAPES, two=True), two("run", *SHAPES)
     one.start()
     one.until(lambda: len(one.rows()) >= 5)
-    os.kill(one.worker(rank), signal.SIGKILL)
+    os.kill(one.workers()[rank], signal.SIGKILL)
     assert one.wait() == 0, one.said
     (resumed,) = re.findall(r"^resuming at step (\d+)$", one.said, re.M)
     assert 2 <= int(resumed) < 12
@@ -31,9 +31,9 @@ def test_asked_to_stop(two, undisturbed, who):
     one.start()
     one.until(lambda: len(one.rows()) >= 3)
     if who == "all":
-        os.killpg(one.process.pid, signal.SIGTERM)
+        one.signal(signal.SIGTERM)
     else:
-        os.kill(one.worker(1) if who == "a worker" else one.process.pid, signal.SIGTERM)
+        os.kill(one.workers()[1] if who == "a worker" else one.process.pid, signal.SIGTERM)
     code = one.wait()
     (stopped,) = re.findall(r"^stopped at step (\d+) and saved", one.said, re.M)
     assert one.saved() == int(stopped) < 12
