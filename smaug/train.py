@@ -326,12 +326,10 @@ def run(options: Options, size: str, command: str) -> int:
         console.print(
             f"  python -m smaug.train --resume --run-dir {shlex.quote(str(folder))}", highlight=False, soft_wrap=True
         )
-        distributed.stop()
         return 0
 
     with reporting(console) as report:
         result = score(held_out, report)
-    distributed.stop()
     if result is None:
         return 0
     totals["wall_seconds"] += time.perf_counter() - loop.began
@@ -454,4 +452,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())
