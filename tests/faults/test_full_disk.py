@@ -1,5 +1,6 @@
 """A disk that is full, a folder that may not be written: one line, exit code 1, what was saved stays whole; then on."""
 
+import functools
 import os
 import resource
 import shutil
@@ -53,12 +54,6 @@ def test_full_or_read_only_while_training(run, undisturbed, small_disk):
         assert "No space left on device" in line and str(one.folder) in line, (left, line)
         assert whole(one) == before and not one.writing(), left
         ballast.unlink()
-    one.start("--checkpoint-every=100")  # the last rows need another page of 4096 bytes
-    one.until(lambda: "step 7 " in one.said)
-    ballast = stopped(one, lambda: fill(small_disk, 0))
-    line = one.refusal()
-    assert "No space left on device" in line and str(one.folder) in line and whole(one) == before
-    ballast.unlink()
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     line = one.refuse()
     assert "Read-only file system" in line and str(one.folder) in line
@@ -101,10 +96,12 @@ def test_full_before_anything_is_saved(run, undisturbed, small_disk, shapes_cach
 
 
 def test_files_may_grow_no_further(run, undisturbed, tmp_path):
-    """By RLIMIT_FSIZE, which needs no right to mount."""
+    """By RLIMIT_FSIZE, which needs no right to mount: first no checkpoint has room, then not the next row."""
     one = copied(run, undisturbed(*SHAPES, "--max-steps=6"), tmp_path)
     before = whole(one)
-    line = one.refuse(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
-    assert "File too large" in line and str(one.folder / "checkpoints") in line
-    assert whole(one) == before and not one.writing()
+    row = (one.folder / "metrics.jsonl").stat().st_size + 50
+    for size, file in ((100_000, one.folder / "checkpoints"), (row, one.folder)):
+        line = one.refuse(preexec_fn=functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size)))
+        assert "File too large" in line and str(file) in line
+        assert whole(one) == before and not one.writing()
     one.finish().equals(undisturbed(*SHAPES))
