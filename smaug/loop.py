@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from smaug import checkpoint, device, distributed
 from smaug.data.loader import Batch, Loader
 from smaug.data.manifest import ManifestError, Skip
+from smaug.data.shapes import naming
 from smaug.micro_batches import backward_in_parts
 from smaug.optim import Update, learning_rate
 from smaug.recipe import Recipe
@@ -253,7 +254,7 @@ class Loop:
         path = self.folder / "metrics.jsonl"
         _cut(path, start)
         board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start)
-        with contextlib.closing(board), progress(self.console) as bars, open(path, "a") as log:
+        with contextlib.closing(board), progress(self.console) as bars, open(path, "ab", buffering=0) as log:
             steps = min(self.recipe.optim.steps, self.options.max_steps or self.recipe.optim.steps)
             task = bars.add_task("training", total=steps, completed=start, note="")
 
@@ -261,10 +262,12 @@ class Loop:
                 if len(row) > 1:
                     # what is no number is no JSON either
                     finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-                    log.write(json.dumps(finite) + "\n")
-                    log.flush()
-                    for key, value in row.items():
-                        board.add_scalar(key, value, row["step"])
+                    left = (json.dumps(finite) + "\n").encode()
+                    with naming(self.folder):
+                        while left:  # unbuffered, or closing would try again and hide which file had no room
+                            left = left[log.write(left) :]
+                        for key, value in row.items():
+                            board.add_scalar(key, value, row["step"])
                 if "loss" in row:
                     self._tell(row, bars, task)
                 bars.update(task, completed=row["step"])
