@@ -18,7 +18,6 @@ import pytest
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer
-
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

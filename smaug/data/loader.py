@@ -332,11 +332,14 @@ class Loader:
         flip = self.config.flip == "always" or (self.config.flip == "auto" and not tells_sides(said))
         return pick, crop, flip and rng.random() < 0.5
 
-    def ahead(self, first: int, last: int, device: torch.device | None = None) -> Generator[Batch, None, None]:
+    def ahead(
+        self, first: int, last: int, device: torch.device | None = None, bucket: int = 0
+    ) -> Generator[Batch, None, None]:
         """Batches of steps first .. last - 1, made in a thread of their own while the step before them computes.
 
         device  where they are to be. To a CUDA device they travel from pinned memory on a stream of their own, beside
                 what is computed there; the caller's stream waits for its batch, the host does not.
+        bucket  what they are `rounded` to; 0: they are not.
         """
         device = torch.device("cpu") if device is None else device
         copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -347,7 +350,7 @@ class Loader:
             for step in range(first, last):
                 made: tuple[Batch, torch.cuda.Event | None] | BaseException
                 try:
-                    batch = self.batch(step)
+                    batch = self.batch(step).rounded(bucket) if bucket else self.batch(step)
                     made = (batch.to(device), None) if copies is None else _sent(batch, copies)
                 except BaseException as error:  # it belongs to the thread that asked for the batch
                     made = error
