@@ -3,12 +3,13 @@
 A graph replays what it recorded, to the address and the number. So a batch is rounded up to few sets of shapes and
 copied to where the graph reads (`Batch.rounded`), random draws count by a tensor, and what the host decides by the step
 (what is masked, how many patches stay) tells recorded steps apart. What cannot be recorded, or does not recur, runs as
-it does without graphs, and the results are the same.
+it does without graphs; the losses and gradients are the same.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -44,13 +45,13 @@ def check(recipe: Recipe, device: torch.device, impl: str, micro_batch: int) -> 
     elif impl == "reference":
         wrong = "records the Triton kernels: add --fast"
     elif load_kernels() != "ok":
-        wrong = f"records the Triton kernels, which cannot run here: {load_kernels()}"
+        wrong = f"records the Triton kernels, which cannot run here: {load_kernels().rstrip('.')}"
     elif micro_batch:
         wrong = "records steps of whole batches: leave out --micro-batch"
     elif spelled and any(isinstance(o, Mlm) for o in recipe.objectives.values()):
         wrong = "cannot round up batches with both masked words and answers that are spelled"
     if wrong:
-        raise ValueError(f"--cuda-graphs {wrong}; or leave out --cuda-graphs")
+        raise ValueError(f"--cuda-graphs {wrong}; without it the run would start")
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def record(run: Callable[[], Result], parameters: Sequence[Tensor], pool: Any) -
 
     pool: that of another graph, whose memory it may use, or None.
     """
-    side = torch.cuda.Stream()
+    side = side_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UPS):
@@ -138,6 +139,12 @@ def record(run: Callable[[], Result], parameters: Sequence[Tensor], pool: Any) -
     with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
         result = run()
     return graph, result
+
+
+@functools.cache
+def side_stream() -> torch.cuda.Stream:
+    """One for all recordings: graphs that share memory have to be recorded on the same."""
+    return torch.cuda.Stream()
 
 
 def forget(parameters: Sequence[Tensor]) -> None:

@@ -17,6 +17,7 @@ import torch
 from smaug import graphs, train
 from smaug.blocks import compile_blocks
 from smaug.graphs import Graphs
+from smaug.objectives.answer import Answer
 from smaug.optim import Update
 from smaug.recipe import load
 from smaug.step import Step
@@ -134,8 +135,11 @@ def test_what_it_refuses(monkeypatch, device, fast, ranks, micro_batch, said):
     monkeypatch.setattr(graphs, "load_kernels", lambda: "ok")
     with pytest.raises(ValueError, match=said) if said else contextlib.nullcontext():
         graphs.check(load("smaug"), torch.device(device), "auto" if fast else "reference", micro_batch)
+    both = dataclasses.replace(load("smaug"), objectives={**load("smaug").objectives, "answer": Answer(by="decoder")})
+    with pytest.raises(ValueError, match=said or "both masked words and answers"):
+        graphs.check(both, torch.device(device), "auto" if fast else "reference", micro_batch)
     monkeypatch.setattr(graphs, "load_kernels", lambda: "no Triton.")
-    with pytest.raises(ValueError, match="leave out --cuda-graphs"):
+    with pytest.raises(ValueError, match="without it the run would start"):
         graphs.check(load("smaug"), torch.device(device), "auto" if fast else "reference", micro_batch)
 
 
