@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 import smaug
-from smaug import checkpoint, device, distributed, pretrained
+from smaug import checkpoint, device, distributed, graphs, pretrained
 from smaug import recipe as recipes
 from smaug.blocks import checkpoint_blocks, compile_blocks
 from smaug.data.clips import Clips
@@ -75,6 +75,7 @@ class Options:
     eval_every: int = 0  # steps; scores on the val split, and keeps the best checkpoint, too; 0: only at the end
     log_every: int = 10  # steps; losses are read from the device only then
     compile: Literal["auto", "yes", "no"] = "auto"  # transformer blocks by torch.compile; auto: with --fast on a GPU
+    cuda_graphs: bool = False  # steps that recur are recorded and replayed; with --fast on one GPU
     checkpoint_blocks: bool = False  # blocks are computed again in the backward, for much less memory
     micro_batch: int = 0  # pairs of a process that are encoded at once, for less memory; 0: all
     max_nonfinite: int = 10  # steps in a row that may be skipped since their gradients are not finite
@@ -209,6 +210,8 @@ def run(options: Options, size: str, command: str) -> int:
         raise ValueError(f"{folder} holds a run already; add --resume to go on with it, or choose another --run-dir")
     if options.micro_batch < 0 or options.keep < 1 or min(options.log_every, options.checkpoint_every) < 1:
         raise ValueError("--keep, --log-every and --checkpoint-every must be at least 1, --micro-batch at least 0")
+    if options.cuda_graphs:
+        graphs.check(recipe, way.device, way.impl, options.micro_batch)
     folder.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(recipe.seed)
@@ -231,6 +234,12 @@ def run(options: Options, size: str, command: str) -> int:
     console.print(
         f"predicted  {seconds / 60:.1f} minutes of training for {steps} steps (from counted FLOPs)", highlight=False
     )
+    if options.cuda_graphs:
+        console.print(
+            f"graphs     up to {graphs.MOST} kinds of steps that recur are recorded and replayed; others run as ever: "
+            "those of videos with images, and while pruning warms up",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if ranks > 1:
         how = "FSDP2, a part of the weights each" if options.shard else "DDP, all weights each"
         console.print(f"processes  {ranks}: {how}", highlight=False)
