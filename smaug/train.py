@@ -195,6 +195,12 @@ def _differences(a: Any, b: Any, at: str = "") -> Iterator[str]:
 
 def run(options: Options, size: str, command: str) -> int:
     began = time.perf_counter()
+    least = min(options.keep, options.log_every, options.checkpoint_every, options.max_nonfinite)
+    if least < 1 or min(options.micro_batch, options.eval_every) < 0 or not options.timeout > 0:
+        raise ValueError(
+            "--keep, --log-every, --checkpoint-every and --max-nonfinite must be at least 1, --micro-batch and "
+            "--eval-every at least 0, --timeout above 0"
+        )
     recipe, way = options.recipe, device.choose(options.fast, options.device)
     if distributed.asked():
         way = replace(way, device=distributed.start(way.device, options.timeout))
@@ -205,10 +211,12 @@ def run(options: Options, size: str, command: str) -> int:
     steps = min(recipe.optim.steps, options.max_steps if options.max_steps is not None else recipe.optim.steps)
     default_folder = Path("runs") / f"{recipe.name}-{size}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = options.run_dir or distributed.tell(default_folder)
+    if len(set(distributed.collect(options.resume))) > 1:
+        raise ValueError(
+            f"{folder} holds a run for some processes and none for others; --run-dir must be a folder that all see"
+        )
     if (folder / "config.json").exists() and not options.resume:
         raise ValueError(f"{folder} holds a run already; add --resume to go on with it, or choose another --run-dir")
-    if options.micro_batch < 0 or options.keep < 1 or min(options.log_every, options.checkpoint_every) < 1:
-        raise ValueError("--keep, --log-every and --checkpoint-every must be at least 1, --micro-batch at least 0")
     folder.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(recipe.seed)
@@ -251,6 +259,12 @@ def run(options: Options, size: str, command: str) -> int:
         recipe = with_answers(recipe, clips)
     loader = open_loader(recipe, clips, tokenizer, distributed.rank(), ranks)
     recipe = with_pools(recipe, loader.size // ranks, ranks, begins=not options.resume)
+    samples = [len(clips), clips.fingerprint()]
+    if other := [number for number, theirs in enumerate(distributed.collect(samples)) if theirs != samples]:
+        raise ValueError(
+            f"process {distributed.rank()} has {len(clips)} samples, and process {other[0]} has others, or in another "
+            "order. Batches are shared by number: give each machine the same manifest and all its files"
+        )
 
     torch.manual_seed(recipe.seed)  # again, so that the weights do not depend on what came before
     model = build(recipe, tokenizer.get_vocab_size(), way.impl).to(way.device)
@@ -274,7 +288,6 @@ def run(options: Options, size: str, command: str) -> int:
         "step": 0, "clips": 0, "tokens_computed": 0, "tokens_dense": 0,
         "device_seconds": 0.0, "data_seconds": 0.0, "wall_seconds": 0.0,
     }  # fmt: skip
-    samples = [len(clips), clips.fingerprint()]
     if options.resume:
         totals |= _restore(keeper, model, update, console)
         if (was := read_config(folder).get("samples")) not in (None, samples):
@@ -300,10 +313,10 @@ def run(options: Options, size: str, command: str) -> int:
     if loader.size < recipe.data.batch:
         console.print(f"batch is {loader.size}, since there are no more clips", highlight=False)
 
-    def score(clips: Clips, report: Any = None) -> dict[str, Any] | None:
-        """Of the weights as they are now, on the first process; all take part."""
+    def score() -> dict[str, Any] | None:
+        """On the val split, of the weights as they are now, on the first process; all take part."""
         plain = evaluated(step, update, tokenizer, way)
-        return evaluate(plain, recipe, clips, tokenizer, way, report=report) if plain is not None else None
+        return evaluate(plain, recipe, chosen_on, tokenizer, way) if plain is not None else None
 
     named: list[str] = []  # of skipped files, each once
 
@@ -313,7 +326,7 @@ def run(options: Options, size: str, command: str) -> int:
 
     loop = Loop(
         options, folder, console, way, step, engine, update, keeper, loader, totals, began,
-        score=lambda: score(chosen_on), note_skipped=name_skipped,
+        score=score, note_skipped=name_skipped,
     )  # fmt: skip
     try:
         finished = loop.train(steps)
@@ -329,11 +342,12 @@ def run(options: Options, size: str, command: str) -> int:
         distributed.stop()
         return 0
 
-    with reporting(console) as report:
-        result = score(held_out, report)
-    distributed.stop()
-    if result is None:
+    plain = evaluated(step, update, tokenizer, way)
+    distributed.stop()  # all at once; the first evaluates for as long as it takes
+    if plain is None:
         return 0
+    with reporting(console) as report:
+        result = evaluate(plain, recipe, held_out, tokenizer, way, report=report)
     totals["wall_seconds"] += time.perf_counter() - loop.began
     result |= {
         **totals,
@@ -409,6 +423,8 @@ def _tokenizer(folder: Path, clips: Clips, options: Options, first: bool) -> Tok
     path = folder / "tokenizer.json"
     if path.exists() and (options.resume or not first):
         return read_tokenizer(folder)
+    if not first:
+        raise ValueError(f"{path} of the first process is not to be seen; --run-dir must be a folder that all see")
     if options.init:
         tokenizer = read_tokenizer(options.init)
     elif options.recipe.model.text.start:

@@ -92,6 +92,12 @@ def test_too_many_in_a_row_end_the_run_and_are_named(call, monkeypatch):
     monkeypatch.undo()
 
 
+def test_limits_that_make_no_sense_are_refused_before_anything_is_written(call):
+    for wrong in ("--max-nonfinite=0", "--log-every=0", "--keep=0", "--eval-every=-1", "--timeout=0"):
+        code, _, err = call(train.main, "smaug", *TINY, wrong)
+        assert code == 1 and wrong.split("=")[0] in err and not Path("run").exists(), err
+
+
 def test_out_of_memory_halves_what_is_encoded_at_once(call, monkeypatch, undisturbed):
     step = steps.training_step
 
