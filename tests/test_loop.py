@@ -126,7 +126,7 @@ def test_what_does_not_fit_in_any_part_ends_the_run(call, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
 
     monkeypatch.setattr(steps, "training_step", training_step)
-    monkeypatch.setattr(loop, "backward_in_parts", lambda step, batch, pairs: training_step(step, None, batch))
+    monkeypatch.setattr(loop, "backward_in_parts", lambda step, batch, *how: training_step(step, None, batch))
     code, out, err = call(train.main, "smaug", *TINY)
     assert code == 1 and re.search("out of memory with 1 pairs at once in a process: CUDA out of memory", err)
     assert [line.split()[4] for line in out.splitlines() if line.startswith("out of")] == ["16", "8", "4", "2"]
