@@ -29,6 +29,7 @@ import tyro
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks.timing import clock
 from smaug import device, recipe
 from smaug.data.text import train_tokenizer
 from smaug.evaluate.retrieval import retrieval
@@ -107,9 +108,7 @@ class Trial:
         self.loader = open_loader(chosen, self.clips, self.tokenizer)
         self.steps = 0
         self.seconds = self.data_seconds = 0.0
-        # A single thread has a clock of its own, which stands still while other work is on its core.
-        alone = self.way.device.type == "cpu" and torch.get_num_threads() == 1
-        self.clock = time.process_time if alone else time.perf_counter
+        self.clock = clock(self.way.device)
 
     def step(self) -> dict[str, Tensor]:
         """One training step -> its losses."""

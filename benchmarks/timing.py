@@ -1,15 +1,19 @@
-"""What every benchmark shares beside pytest's fixture: the passes, torch.compile, and memory."""
+"""What every benchmark shares beside pytest's fixture: the passes, torch.compile, clocks, and memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
-import pytest
 import torch
 from torch import Tensor
 from torch._inductor.cpp_builder import get_cpp_compiler
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 PASSES = ("forward", "backward", "step")  # step is forward and backward together
 
@@ -25,13 +29,90 @@ def pass_of(name: str, run: Callable[[], Tensor], leaves: Sequence[Tensor], grad
 
 
 def compiled(function: Callable[..., Any], **kwargs: Any) -> Callable[..., Any]:
-    """torch.compile(function), or skips: on a CPU it needs a C++ compiler."""
+    """torch.compile(function), or skips the test: on a CPU it needs a C++ compiler."""
     if not torch.cuda.is_available():
         try:
             get_cpp_compiler()
         except RuntimeError as error:
+            import pytest  # what no test uses need not have it
+
             pytest.skip(f"torch.compile needs a C++ compiler here: {error}")
     return torch.compile(function, **kwargs)
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds. A single thread has a clock of its own, which stands still while other work is on its core."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time if alone else time.perf_counter
+
+
+class Stopwatch:
+    """Seconds by phase; outside all phases it is "rest", and a phase within another stops that one's clock.
+
+    On a GPU by events of its stream, so that nothing waits for the device before `read`. To the profiler, if it is on,
+    phases are spans.
+    """
+
+    def __init__(self, device: torch.device, now: Callable[[], float]) -> None:
+        self.cuda, self.now = device.type == "cuda", now
+        self.running = ["rest"]
+        self.marks = [("rest", self._mark())]  # what runs from when on
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self._switch([*self.running, name])
+        try:
+            with record_function(f"phase {name}"):
+                yield
+        finally:
+            self._switch(self.running[:-1])
+
+    def read(self) -> Counter[str]:
+        """Since the last reading, or the first moment."""
+        self._switch(self.running)
+        if self.cuda:
+            torch.cuda.synchronize()
+        seconds: Counter[str] = Counter()
+        for (name, began), (_, ended) in zip(self.marks, self.marks[1:], strict=False):
+            seconds[name] += began.elapsed_time(ended) / 1e3 if self.cuda else ended - began
+        del self.marks[:-1]
+        return seconds
+
+    def _switch(self, running: list[str]) -> None:
+        self.running = running
+        self.marks.append((running[-1], self._mark()))
+
+    def _mark(self) -> Any:
+        if not self.cuda:
+            return self.now()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+@contextlib.contextmanager
+def in_phases(watch: Stopwatch, **calls: tuple[Any, str]) -> Iterator[None]:
+    """While it is on, these calls, each (owner, name), run in the phase of their keyword, every backward in "backward",
+    and what AdamW does in "optimizer": whatever loop makes them, and however they lie in each other."""
+
+    def entered(phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(call)
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            with watch.phase(phase):
+                return call(*args, **kwargs)
+
+        return inner
+
+    timed = [
+        *((phase, *where) for phase, where in calls.items()),
+        ("backward", torch.autograd, "backward"),  # Tensor.backward calls it
+        ("optimizer", torch.optim.AdamW, "step"),
+        ("optimizer", torch.optim.AdamW, "zero_grad"),
+    ]
+    with contextlib.ExitStack() as patches:
+        for phase, owner, name in timed:
+            patches.enter_context(mock.patch.object(owner, name, entered(phase, getattr(owner, name))))
+        yield
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 # What is called of a block, or of a step, besides its forward. FSDP2 has to gather the weights for each of them, and
 # lets a block's go at the end of each, so none may be called in the middle of another.
 ENTRANCES = ("attend", "mlp", "end", "see", "encode", "judge")
+
+
+_kept: list[Any] = []  # what holds a process group stays until the process ends, see `leave`
 
 
 def asked() -> bool:
@@ -46,12 +50,19 @@ def start(device: torch.device, minutes: float) -> torch.device:
 
 def host_group() -> dist.ProcessGroup | None:
     """Another group of all processes, over host memory, for a thread that talks beside the training. None if alone."""
-    return dist.new_group(backend="gloo") if ranks() > 1 else None
+    group = dist.new_group(backend="gloo") if ranks() > 1 else None
+    _kept.append(group)
+    return group
 
 
-def stop() -> None:
-    if ranks() > 1:
-        dist.destroy_process_group()
+def leave(code: int) -> NoReturn:
+    """Ends this process: as one of several, without its destructors. A process group's joins a thread that waits for
+    Python's lock, which the destructor of DDP holds: a deadlock at the end of one in some ten runs (PyTorch 2.13)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if asked():
+        os._exit(code)
+    sys.exit(code)
 
 
 def ranks() -> int:
@@ -134,7 +145,9 @@ def replicate(step: nn.Module, device: torch.device, unused: bool) -> Distribute
     """DDP: every process holds all weights; gradients are averaged while the backward still runs. unused: whether some
     step may leave some weights without a gradient."""
     ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(step, device_ids=ids, find_unused_parameters=unused, gradient_as_bucket_view=True)
+    engine = DistributedDataParallel(step, device_ids=ids, find_unused_parameters=unused, gradient_as_bucket_view=True)
+    _kept.append(engine)
+    return engine
 
 
 def shard(step: nn.Module, blocks: type | tuple[type, ...]) -> None:

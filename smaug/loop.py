@@ -21,9 +21,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from smaug import checkpoint, device, distributed
+from smaug import checkpoint, device, distributed, graphs
 from smaug.data.loader import Batch, Loader
 from smaug.data.manifest import ManifestError, Skip
+from smaug.data.shapes import naming
 from smaug.micro_batches import backward_in_parts
 from smaug.optim import Update, learning_rate
 from smaug.recipe import Recipe
@@ -53,6 +54,7 @@ class Loop:
         # Each process counts its own; what a resumed run has behind it is the first one's.
         self.totals = totals if self.first else {**dict.fromkeys(totals, 0.0), "step": totals["step"]}
         self.micro_batch = options.micro_batch or loader.size
+        self.graphs = graphs.Graphs(step, way.autocast) if options.cuda_graphs else None
         self.asked = self.stop = False  # to stop; agreed on by all
         remembered = options.log_every + options.max_nonfinite  # as many as can be left out before it is seen
         self.names: collections.deque[tuple[int, tuple[str, ...]]] = collections.deque(maxlen=remembered)
@@ -63,7 +65,8 @@ class Loop:
         start = self.number
         saved = start if checkpoint.steps(self.keeper.folder) else -1  # step of the last checkpoint
         with self._signals(), self._open_log(start) as note, self._written():
-            batches = self.loader.ahead(start, steps, self.way.device)
+            bucket = graphs.BUCKET if self.graphs is not None else 0
+            batches = self.loader.ahead(start, steps, self.way.device, bucket)
             with contextlib.closing(batches):
                 logged_at, clips = time.perf_counter(), 0
                 while self.number < steps and not self.stop:
@@ -120,6 +123,8 @@ class Loop:
         return loss, parts
 
     def _forward_and_backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.graphs is not None:
+            return self.graphs(batch)
         if self.micro_batch < len(batch):
             loss, parts = backward_in_parts(self.step, batch, self.micro_batch, self.way.autocast)
             if self.engine is not self.step:
@@ -133,9 +138,11 @@ class Loop:
     def _make_room(self, pairs: int, said: str) -> None:
         """After an error that has left some gradients behind, if it is not beyond help."""
         half = (pairs + 1) // 2
-        if pairs == 1 or distributed.ranks() > 1:  # the others wait in the middle of this step
+        # The others wait in the middle of this step, and a rounded batch cannot be parted.
+        if pairs == 1 or distributed.ranks() > 1 or self.graphs is not None:
+            instead = f"--micro-batch {half}" + (" without --cuda-graphs" if self.graphs is not None else "")
             raise ValueError(
-                f"out of memory with {pairs} pairs at once in a process: {said}. Try --micro-batch {half} or a smaller "
+                f"out of memory with {pairs} pairs at once in a process: {said}. Try {instead} or a smaller "
                 "--data.batch; --resume goes on from the last checkpoint."
             )
         self.update.optimizer.zero_grad(set_to_none=True)
@@ -252,7 +259,7 @@ class Loop:
         path = self.folder / "metrics.jsonl"
         _cut(path, start)
         board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start)
-        with contextlib.closing(board), progress(self.console) as bars, open(path, "a") as log:
+        with contextlib.closing(board), progress(self.console) as bars, open(path, "ab", buffering=0) as log:
             steps = min(self.recipe.optim.steps, self.options.max_steps or self.recipe.optim.steps)
             task = bars.add_task("training", total=steps, completed=start, note="")
 
@@ -260,10 +267,12 @@ class Loop:
                 if len(row) > 1:
                     # what is no number is no JSON either
                     finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-                    log.write(json.dumps(finite) + "\n")
-                    log.flush()
-                    for key, value in row.items():
-                        board.add_scalar(key, value, row["step"])
+                    left = (json.dumps(finite) + "\n").encode()
+                    with naming(self.folder):
+                        while left:  # unbuffered, or closing would try again and hide which file had no room
+                            left = left[log.write(left) :]
+                        for key, value in row.items():
+                            board.add_scalar(key, value, row["step"])
                 if "loss" in row:
                     self._tell(row, bars, task)
                 bars.update(task, completed=row["step"])

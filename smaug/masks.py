@@ -39,9 +39,12 @@ class VideoMask:
         return keep_count(times * patches, self.ratio)
 
     def draw(
-        self, samples: Tensor, grid: tuple[int, int, int], *, seed: int, epoch: int, impl: str
+        self, samples: Tensor, grid: tuple[int, int, int], *, seed: int, epoch: int | Tensor, impl: str
     ) -> tuple[Tensor, Tensor]:
-        """ids_keep (B, K) and ids_removed (B, all - K), int32 ascending, for samples (B,) int64."""
+        """ids_keep (B, K) and ids_removed (B, all - K), int32 ascending, for samples (B,) int64.
+
+        epoch: an int, or int64 () on the device.
+        """
         times, rows, columns = grid
         keep = self.keep(times, rows * columns)
         if self.kind == "even":
@@ -90,6 +93,9 @@ class TextMask:
         return kept
 
 
-def noise(count: int, *, seed: int, step: int, stream: int, device: torch.device) -> Tensor:
-    """(count,) fp32, uniform in (0, 1): the same for a step on every device, without torch's own generators."""
+def noise(count: int, *, seed: int, step: int | Tensor, stream: int, device: torch.device) -> Tensor:
+    """(count,) fp32, uniform in (0, 1): the same for a step on every device, without torch's own generators.
+
+    step: an int, or int64 () on the device.
+    """
     return uniform(torch.empty(count, device=device), seed=seed, draw=step, stream=stream)

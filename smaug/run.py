@@ -21,7 +21,7 @@ from smaug import checkpoint, recipe
 from smaug.data.annotations import read_answers
 from smaug.data.clips import CPU, Clips, open_manifest, open_shapes
 from smaug.data.loader import Loader
-from smaug.data.shapes import Report
+from smaug.data.shapes import Report, naming
 from smaug.device import Way, choose
 from smaug.model.model import Model
 from smaug.model.position import more_places, resample_time
@@ -254,8 +254,13 @@ def progress(console: Console) -> Progress:
 def write(path: Path, text: str) -> None:
     """Whole or not at all."""
     aside = path.with_name(f".{path.name}.aside")
-    aside.write_text(text)
-    os.replace(aside, path)
+    try:
+        with naming(path):
+            aside.write_text(text)
+            os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def warn(sentences: Iterable[str]) -> None:

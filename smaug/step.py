@@ -64,11 +64,11 @@ def training_step(model: Model, recipe: Recipe, batch: Batch) -> tuple[Tensor, d
 
 def draw_masks(model: Model, recipe: Recipe, batch: Batch) -> tuple[list[Removed], list[tuple[Tensor, Tensor]]]:
     """-> by group what is masked, and (video, ids_keep)."""
-    mask = video_mask(recipe, batch.step)
+    mask, (epoch, _) = video_mask(recipe, batch.step), batch.draws
     visible, removed = [], []
     for group in batch.groups:
         grid = model.video.config.grid(group.video.shape[1])
-        ids_keep, ids_removed = mask.draw(group.samples, grid, seed=recipe.seed, epoch=batch.epoch, impl=model.impl)
+        ids_keep, ids_removed = mask.draw(group.samples, grid, seed=recipe.seed, epoch=epoch, impl=model.impl)
         visible.append((group.video, ids_keep))
         removed.append(
             Removed(group.video, group.samples, ids_removed, model.video.config.sequences(group.video.shape[1]))
@@ -80,8 +80,8 @@ def encode(
     model: Model, recipe: Recipe, batch: Batch, visible: Sequence[tuple[Tensor, Tensor]], views: dict[str, PackedTokens]
 ) -> Encoded:
     """Videos and texts of a batch, or of neighbouring pairs of it: no pair knows of another here."""
-    rate = keep_rate(recipe, batch.step)
-    video = model.video(visible, keep_rate=rate, seed=recipe.seed, step=batch.step, first=batch.first)
+    rate, (_, step) = keep_rate(recipe, batch.step), batch.draws
+    video = model.video(visible, keep_rate=rate, seed=recipe.seed, step=step, first=batch.first)
     return Encoded(video, *encode_texts(model, views))
 
 
@@ -97,7 +97,7 @@ def judge(
     if model.fusion is not None:
         fused = fuse(model, recipe, batch, video, features, encoded.words, same, next(iter(scores.values()), None))
     keys = torch.stack([batch.video_keys, batch.caption_keys], 1)
-    seen = Seen(video, features["contrast"], same, removed, recipe.seed, batch.epoch, scores, keys, **fused)
+    seen = Seen(video, features["contrast"], same, removed, recipe.seed, batch.draws[0], scores, keys, **fused)
 
     parts = {name: objective(model.heads[name], seen) for name, objective in recipe.objectives.items()}
     if ranks() > 1:
@@ -207,7 +207,7 @@ def fuse(
         if isinstance(objective, Vtm):
             likely = torch.zeros(same.shape, device=same.device) if scores is None else scores.detach()
             pool = Pool(objective.among, batch.first, batch.places)
-            negatives, found = hard_negatives(likely, same, objective.negatives, recipe.seed, batch.step, pool)
+            negatives, found = hard_negatives(likely, same, objective.negatives, recipe.seed, batch.draws[1], pool)
             for video_ids in (own, *negatives.unbind(1)):
                 add_first("match", video_ids)
             valid = [torch.ones_like(found[:, 0]), *found.unbind(1)]
@@ -234,7 +234,7 @@ def fuse(
         query = torch.cat(summaries)
         if model.selector.config.query == "own":
             query = features.get("match", features["contrast"]).index_select(0, torch.cat(videos))
-        kv_ids, gate = model.selector(video.summaries, query, kv_ids, seed=recipe.seed, step=batch.step)
+        kv_ids, gate = model.selector(video.summaries, query, kv_ids, seed=recipe.seed, step=batch.draws[1])
     lengths: Sequence[int] | Tensor = [n for each in counts if not isinstance(each, Tensor) for n in each]
     if any(isinstance(each, Tensor) for each in counts):  # with capacity; the other counts are ones
         lengths = torch.cat([x if isinstance(x, Tensor) else torch.ones_like(own[:1]).expand(len(x)) for x in counts])
@@ -270,7 +270,7 @@ class Pool:
 
 
 def hard_negatives(
-    scores: Tensor, same: Tensor, count: int, seed: int, step: int, pool: Pool | None = None
+    scores: Tensor, same: Tensor, count: int, seed: int, step: int | Tensor, pool: Pool | None = None
 ) -> tuple[Tensor, Tensor]:
     """Videos that a text is likely to be confused with, drawn without replacement in proportion to exp(score).
 

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 import smaug
-from smaug import checkpoint, device, distributed, pretrained
+from smaug import checkpoint, device, distributed, graphs, pretrained
 from smaug import recipe as recipes
 from smaug.blocks import checkpoint_blocks, compile_blocks
 from smaug.data.clips import Clips
@@ -75,6 +75,7 @@ class Options:
     eval_every: int = 0  # steps; scores on the val split, and keeps the best checkpoint, too; 0: only at the end
     log_every: int = 10  # steps; losses are read from the device only then
     compile: Literal["auto", "yes", "no"] = "auto"  # transformer blocks by torch.compile; auto: with --fast on a GPU
+    cuda_graphs: bool = False  # steps that recur are recorded and replayed; with --fast on one GPU
     checkpoint_blocks: bool = False  # blocks are computed again in the backward, for much less memory
     micro_batch: int = 0  # pairs of a process that are encoded at once, for less memory; 0: all
     max_nonfinite: int = 10  # steps in a row that may be skipped since their gradients are not finite
@@ -217,6 +218,8 @@ def run(options: Options, size: str, command: str) -> int:
         )
     if (folder / "config.json").exists() and not options.resume:
         raise ValueError(f"{folder} holds a run already; add --resume to go on with it, or choose another --run-dir")
+    if options.cuda_graphs:
+        graphs.check(recipe, way.device, way.impl, options.micro_batch)
     folder.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(recipe.seed)
@@ -239,6 +242,12 @@ def run(options: Options, size: str, command: str) -> int:
     console.print(
         f"predicted  {seconds / 60:.1f} minutes of training for {steps} steps (from counted FLOPs)", highlight=False
     )
+    if options.cuda_graphs:
+        console.print(
+            f"graphs     up to {graphs.MOST} kinds of steps that recur are recorded and replayed; others run as ever: "
+            "those of videos with images, and while pruning warms up",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if ranks > 1:
         how = "FSDP2, a part of the weights each" if options.shard else "DDP, all weights each"
         console.print(f"processes  {ranks}: {how}", highlight=False)
@@ -313,10 +322,10 @@ def run(options: Options, size: str, command: str) -> int:
     if loader.size < recipe.data.batch:
         console.print(f"batch is {loader.size}, since there are no more clips", highlight=False)
 
-    def score() -> dict[str, Any] | None:
-        """On the val split, of the weights as they are now, on the first process; all take part."""
+    def score(clips: Clips, report: Any = None) -> dict[str, Any] | None:
+        """Of the weights as they are now, on the first process; all take part."""
         plain = evaluated(step, update, tokenizer, way)
-        return evaluate(plain, recipe, chosen_on, tokenizer, way) if plain is not None else None
+        return evaluate(plain, recipe, clips, tokenizer, way, report=report) if plain is not None else None
 
     named: list[str] = []  # of skipped files, each once
 
@@ -326,7 +335,7 @@ def run(options: Options, size: str, command: str) -> int:
 
     loop = Loop(
         options, folder, console, way, step, engine, update, keeper, loader, totals, began,
-        score=score, note_skipped=name_skipped,
+        score=lambda: score(chosen_on), note_skipped=name_skipped,
     )  # fmt: skip
     try:
         finished = loop.train(steps)
@@ -339,15 +348,12 @@ def run(options: Options, size: str, command: str) -> int:
         console.print(
             f"  python -m smaug.train --resume --run-dir {shlex.quote(str(folder))}", highlight=False, soft_wrap=True
         )
-        distributed.stop()
         return 0
 
-    plain = evaluated(step, update, tokenizer, way)
-    distributed.stop()  # all at once; the first evaluates for as long as it takes
-    if plain is None:
-        return 0
     with reporting(console) as report:
-        result = evaluate(plain, recipe, held_out, tokenizer, way, report=report)
+        result = score(held_out, report)
+    if result is None:
+        return 0
     totals["wall_seconds"] += time.perf_counter() - loop.began
     result |= {
         **totals,
@@ -470,4 +476,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    distributed.leave(main())

@@ -19,7 +19,7 @@ from smaug.model.layers import Block
 from smaug.optim import Update
 from smaug.run import open_loader
 from smaug.step import Step
-from tests.test_step import made, model_of, with_images
+from tests.test_step import made, model_of
 
 STEPS, AMONG = 3, 4  # pairs among which negatives are drawn, whatever the number of processes
 
@@ -44,14 +44,12 @@ def steps(recipe, loader, tokenizer, how):
     step = Step(model, recipe)
     engine = step
     if "ddp" in how:
-        engine = distributed.replicate(step, torch.device("cpu"), unused="images" in how)
+        engine = distributed.replicate(step, torch.device("cpu"), unused=False)
     if "fsdp" in how:
         distributed.shard(step, (Block, FusionBlock))
     update, losses, gradients = Update(model, recipe.optim), [], {}
     for number in range(STEPS):
         batch = dataclasses.replace(loader.batch(number), step=number + 1)  # from step 1 on patches are pruned
-        if "images" in how and batch.first == 0:  # so that the processes have unequal shares
-            batch = with_images(batch)
         if "parts" in how:
             loss, _ = backward_in_parts(step, batch, 3)
             if "ddp" in how:
@@ -82,7 +80,7 @@ def main():
             (Path(out) / f"{how}.json").write_text(json.dumps(losses))
             for what, values in zip(("gradients", "weights", "means"), tensors, strict=True):
                 save_file(values, Path(out) / f"{how} {what}.safetensors")
-    distributed.stop()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":

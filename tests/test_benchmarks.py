@@ -2,16 +2,23 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from smaug import device
+from smaug.recipe import load, names
+from smaug.run import build
+from smaug.step import training_step
 from smaug.testing import relative_error
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks import attention_on_cpu, plots
+from benchmarks import attention_on_cpu, bench_engine, bench_train_step, parts, plots, timed_train
 from benchmarks.attention_rivals import HEADS, PROVIDERS, WIDTH, Unavailable, lengths_of
+from benchmarks.timing import Stopwatch
 
 del sys.path[0]  # or transformers would take our folder `kernels` for its own package
 
@@ -69,3 +76,165 @@ def test_pictures(tmp_path, capsys):
     for bad in ("empty.json", "not there.json"):
         with pytest.raises(SystemExit, match=f"{bad} is no file that"):
             plots.main(tmp_path / bad, tmp_path)
+
+
+@pytest.mark.parametrize("name", [*names(), "qa decoder"])
+def test_a_batch_of_noise_for_every_recipe(name):
+    recipe = load(name.split()[0])
+    if "decoder" in name:
+        recipe = replace(recipe, objectives={"answer": replace(recipe.objectives["answer"], by="decoder")})
+    batch = bench_train_step.batch_of(recipe, 3, torch.device("cpu"))
+    loss, each = training_step(build(recipe, bench_train_step.VOCABULARY, "auto"), recipe, batch)
+    assert len(batch) == 3 and loss.isfinite() and all(part > 0 for part in each.values())
+    assert (batch.options is not None and batch.options.num_sequences == 15) == (name == "mc")
+    assert (batch.begun is not None) == ("decoder" in name)
+    assert (batch.answers >= 0).all()  # each is in the list
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def test_parts(monkeypatch):
+    """Of a linear layer, and a product outside of it."""
+    monkeypatch.setattr(parts, "PARTS", {"toy": (Toy, "forward")})
+    toy, x, y = Toy(), torch.randn(4, 16, requires_grad=True), torch.randn(8, 2)
+    optimizer = torch.optim.AdamW(toy.parameters(), fused=True)
+
+    def step():
+        (toy(x) @ y).sum().backward()
+        optimizer.step()
+
+    whole, forward = parts.flops(step)
+    inside, outside = 2 * 4 * 16 * 8, 2 * 4 * 8 * 2
+    assert forward == {"toy": inside} and whole == 3 * inside + 2 * outside  # y needs no gradient
+    found = parts.times(step, 1, torch.device("cpu"))
+    want = {("forward", "toy"), ("forward", "rest"), ("backward", "toy"), ("backward", "rest"), ("optimizer", "rest")}
+    assert set(found) == want and all(time > 0 for time in found.values())
+
+
+def test_stopwatch():
+    moments = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0, 28.0, 36.0])
+    watch = Stopwatch(torch.device("cpu"), lambda: next(moments))  # 0
+    with watch.phase("outer"), watch.phase("inner"):  # 1, 3; and back at 6, 10
+        pass
+    assert watch.read() == {"rest": 1 + 5, "outer": 2 + 4, "inner": 3}  # 15
+    with pytest.raises(KeyError), watch.phase("outer"):  # 21 to 28
+        raise KeyError
+    assert watch.read() == {"rest": 6 + 8, "outer": 7}  # 36
+
+
+def test_a_step_in_numbers(monkeypatch, call):
+    monkeypatch.setattr(device, "matrix_rate", lambda way, now: 2e9)
+    more = ("--model.video.depth", 1, "--json", "-")
+    code, out, _ = call(bench_train_step.main, "--recipe", "mac", "--pairs", 2, "--seconds", 0.01, *more)
+    found = json.loads(out)
+    assert code == 0
+    assert found["clips_per_second"] == pytest.approx(2 / found["seconds"])
+    assert found["utilisation"] == pytest.approx(found["flops"] / found["seconds"] / 2e9)
+    assert found["tokens_kept"] < 0.6 and found["launches"] > 100 and found["peak_bytes"] > 1e5
+    assert list(found["phases"]) == ["copying", "forward", "backward", "clipping", "optimizer", "rest"]
+    assert all(found["phases"].values())
+    for phase, within in found["parts"].items():
+        assert set(within) == {"video encoder", "text encoder", "vtc", "rest"}
+        assert sum(within.values()) == pytest.approx(found["phases"][phase])
+    # Weights and what AdamW keeps: two moments, and a number for each of its tensors.
+    assert found["resident_bytes"] == pytest.approx(12 * found["parameters"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        (("--recipe", "smog"), "there is no recipe 'smog'; did you mean 'smaug'?"),
+        (("--pairs", 0), "--pairs must be at least 1"),
+        (("--json", "no/such/folder.json"), "there is no folder no/such"),
+    ],
+)
+def test_a_step_that_cannot_be(call, line, said):
+    code, _, err = call(bench_train_step.main, *line)
+    assert code == 1 and said in err
+
+
+@pytest.mark.slow
+def test_what_is_computed_twice_is_no_work(call):
+    """FLOPs and launches are those of the plain step, memory is that of the step that is measured."""
+    made = []
+    for more in ((), ("--micro-batch", 4, "--checkpoint-blocks")):
+        line = ("--recipe", "mac", "--pairs", 32, "--seconds", 0.01, "--json", "-")
+        code, out, _ = call(bench_train_step.main, *line, *more)
+        made.append(json.loads(out))
+        assert code == 0
+    plain, small = made
+    assert small["flops"] == plain["flops"] and small["launches"] == plain["launches"]
+    assert small["peak_bytes"] < 0.8 * plain["peak_bytes"]
+    assert small["parts"]["forward"]["video encoder"] > 0 and small["phases"]["backward"] > 0
+
+
+def test_the_trainer_with_a_clock(call, tmp_path):
+    """Every third step is followed by a checkpoint, which the next one's times have."""
+    few = ("--data.shapes", 64, 16, 16, "--data.batch", 8, "--max-steps", 7, "--checkpoint-every", 3)
+    line = ("mac", "--fast", "--device", "cpu", "--run-dir", tmp_path / "run", *few)
+    assert call(timed_train.main, tmp_path / "times.json", *line)[0] == 0
+    steps = json.loads((tmp_path / "times.json").read_text())["steps"]
+    assert len(steps) == 7 and [i for i, step in enumerate(steps) if "saving" in step] == [3, 6]
+    for step in steps:
+        assert {"forward", "backward", "clipping", "optimizer", "waiting", "rest"} == set(step) - {"saving"}
+        assert all(seconds >= 0 for seconds in step.values()) and step["backward"] > 0
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1  # the loop is the trainer's own
+
+
+def test_the_engine_in_a_table():
+    """Of the newest call alone, and of runs of one round."""
+
+    def rows(began, number, **ms):
+        each = {"one": dict(forward=30, backward=60, clipping=1, optimizer=5, waiting=1, saving=0, rest=ms["one"] - 97)}
+        each["two"] = each["one"] | {"backward": ms["two"] - 40}
+        each["saving"] = each["one"] | {"saving": 2, "rest": ms["saving"] - 99}
+        for way, phases in each.items():
+            steps = [{phase: value / 1e3 for phase, value in phases.items() if value}] * 10
+            options = bench_engine.Options(pairs=4, recipes=("mac",))
+            yield {
+                key: str(value)
+                for key, value in bench_engine.row(options, began, number, "mac", way, "", steps).items()
+            }
+
+    every = [
+        *rows("Monday", 0, one=100, two=500, saving=900),
+        *rows("Tuesday", 0, one=100, two=110, saving=103),
+        *rows("Tuesday", 1, one=102, two=102, saving=104),
+        *rows("Tuesday", 2, one=98, two=100, saving=102),
+    ]
+    found = bench_engine.table(every)
+    cells = dict(zip(found.columns[0]._cells, zip(*(c._cells for c in found.columns[2:]), strict=True), strict=True))
+    assert cells["two processes / one"] == ("0.98x", "0.91x to 1.00x", "3")
+    assert cells["step outside what computes"] == ("4.0%", "2.0% to 5.9%", "3")
+    assert cells["of it waiting for data"] == ("1.0%", "1.0% to 1.0%", "3")
+    assert cells["ms that a checkpoint costs in all"] == ("3", "2 to 4", "3")  # each step has a share of a save
+    assert cells["ms that stand still for a checkpoint"] == ("2", "2 to 2", "3")
+
+
+@pytest.mark.slow
+def test_the_engine_is_measured(call, tmp_path):
+    few = ("--rounds", 1, "--steps", 2, "--warm-up", 1, "--save-every", 1, "--pairs", 8, "--shapes", 64, 16, 16)
+    code, out, _ = call(bench_engine.main, "--recipes", "mac", *few, "--results", tmp_path / "engine.csv")
+    assert code == 0 and "two processes / one" in out
+    made = {r["way"]: (r["steps"], r["saves"]) for r in bench_engine.read(tmp_path / "engine.csv")}
+    assert made == {"one": ("2", "0"), "two": ("2", "0"), "saving": ("2", "2")}
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        (("--recipes", "mak"), "did you mean 'mac'?"),
+        (("--rounds", 0), "must be at least 1"),
+        (("--report", "--results", "no.csv"), "there is no no.csv"),
+    ],
+)
+def test_an_engine_that_cannot_be(call, line, said):
+    code, _, err = call(bench_engine.main, *line)
+    assert code == 1 and said in err

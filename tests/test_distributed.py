@@ -47,20 +47,15 @@ def compare(processes, name, ways, folder):
 
 
 def test_two_processes_do_what_one_does(shapes_cache, tmp_path):
-    """DDP and FSDP2, in whole and in parts: so each equals the other, too."""
-    compare(2, "smaug", ["ddp", "fsdp", "fsdp parts"], tmp_path)
+    """DDP and FSDP2, so each equals the other, too. Their shares are unequal: in masked words, for one."""
+    compare(2, "smaug", ["ddp", "fsdp"], tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["smaug", "mac", "dense", "qa", "mc"])
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize(("name", "processes"), [("smaug", 4), ("mac", 2), ("dense", 4), ("qa", 2), ("mc", 2)])
 def test_several_processes_do_what_one_does(name, processes, shapes_cache, tmp_path):
-    compare(processes, name, ["ddp", "ddp parts", "fsdp", "fsdp parts"], tmp_path)
-
-
-@pytest.mark.slow
-def test_with_compiled_and_recomputed_blocks(shapes_cache, tmp_path):
-    compare(2, "smaug", ["fsdp parts compiled recomputed"], tmp_path)
+    ways = {"smaug": ["ddp parts", "fsdp parts"], "mac": ["fsdp parts compiled recomputed"]}
+    compare(processes, name, ["ddp", "fsdp", *ways.get(name, [])], tmp_path)
 
 
 @pytest.mark.parametrize("part", [1, 4, 7, 100])

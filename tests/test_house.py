@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"objectives", "optim"},
     {"recipe"},
     {"recipes"},
-    {"step", "micro_batches"},
+    {"step", "micro_batches", "graphs"},
     {"train", "loop", "run", "embed", "evaluate", "device", "checkpoint", "metrics", "cost", "ledger"}
     | {"blocks", "pretrained", "report", "doctor", "search", "visualise", "integrations", "testing"},
 ]

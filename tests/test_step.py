@@ -18,6 +18,8 @@ import pytest
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from smaug import ops
 from smaug import step as steps
@@ -268,6 +270,52 @@ def test_a_batch_with_capacity_gives_the_same(setup, images):
     for name, truth in grads.items():
         if name not in cancelled(recipe):
             assert relative_error(got_grads[name], truth) < 1e-6, name
+
+
+def test_with_capacity_a_step_draws_by_the_counters_on_the_device(setup, monkeypatch):
+    """As a captured graph does: the host's numbers stay, the tensor changes, and it is the step of that tensor."""
+    recipe, batch, tokenizer = setup
+    recipe = settled(recipe, monkeypatch)
+    later = dataclasses.replace(batch, epoch=3, step=6)
+    replayed = dataclasses.replace(batch.rounded(64), counters=torch.tensor([3, 6]))
+    assert video_mask(recipe, 1) == video_mask(recipe, 6) and keep_rate(recipe, 1) == keep_rate(recipe, 6)
+    (own, _), (want, truth), (got, grads) = (
+        gradients(model_of(recipe, tokenizer, "auto"), recipe, each) for each in (batch, later, replayed)
+    )
+    assert abs(got - want) <= 1e-6 * abs(want)
+    assert (abs(want - own) > 1e-4 * abs(want)) == (recipe.task == "retrieval")  # the others draw nothing
+    for name in truth.keys() - cancelled(recipe):
+        assert relative_error(grads[name], truth[name]) < 1e-6, name
+
+
+class Copies(TorchDispatchMode):
+    """Lists what is copied from one device to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if len({x.device for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}) > 1:
+            self.found.append(func)
+        return out
+
+
+def test_with_capacity_nothing_comes_from_the_host(setup):
+    """A captured graph cannot copy pageable memory. Batches of videos and images still do."""
+    recipe, batch, tokenizer = setup
+    meta = torch.device("meta")
+    with meta:
+        model = build(recipe, tokenizer.get_vocab_size(), "auto")
+    batch = batch.rounded(64).to(meta)
+    with Copies() as copies:
+        loss, _ = training_step(model, recipe, batch)
+        loss.backward()
+    assert copies.found == []
+    with copies:  # and it would have seen one
+        torch.ones(1).to(meta)
+    assert len(copies.found) == 1
 
 
 @pytest.mark.parametrize(("impl", "bucket"), [("auto", None), ("auto", 64), ("reference", None)])

@@ -131,6 +131,7 @@ def masks(grid: tuple[int, int, int], keep: int, kind: Any = "random") -> None:
 
 def random_numbers(rows: int, columns: int) -> None:
     noise(floats(rows, columns), seed=0)
+    noise(floats(rows, columns), seed=0, draw=zeros(dtype=torch.int64))
 
 
 def moved_rows(d: int, dtype: torch.dtype = BF16) -> None:

@@ -62,16 +62,23 @@ class Batch:
     begun: PackedTokens | None = None
     begun_labels: Tensor = NO_ANSWERS
     begun_of: Tensor = NO_ANSWERS
+    counters: Tensor | None = None  # (2,) int64, epoch and step once more, where a captured graph can be given others
 
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def draws(self) -> tuple[int | Tensor, int | Tensor]:
+        """Epoch and step as random draws count them; what the host decides by them (ratios, rates) it has as ints."""
+        return (self.epoch, self.step) if self.counters is None else (self.counters[0], self.counters[1])
+
     def rounded(self, bucket: int) -> Batch:
         """The same pairs with capacity: all that differs by batch is rounded up to a multiple of `bucket`, so that the
-        batches of a run have few sets of shapes, and no host number depends on the words.
+        batches of a run have few sets of shapes, and no host number depends on the words, nor a draw on host numbers.
 
-        Words get a tail, which is zero and ignored; labels of masked rows that are none are -100. The loss and the
-        gradients of a step stay what they were. ValueError for a batch whose masked words and answers are both read.
+        Words get a tail, which is zero and ignored; labels of masked rows that are none are -100; `counters` has epoch
+        and step. The loss and the gradients of a step stay what they were. ValueError for a batch whose masked words
+        and answers are both read.
         """
         if self.masked is not None and self.begun is not None:
             raise ValueError("a batch with masked words and answers to spell cannot be rounded: both would have a tail")
@@ -101,6 +108,7 @@ class Batch:
             begun=room(self.begun, None if self.begun is None else up(self.begun.num_sequences)),
             begun_labels=pad(self.begun_labels, IGNORED),
             begun_of=pad(self.begun_of),
+            counters=torch.tensor([self.epoch, self.step]),
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -127,6 +135,7 @@ class Batch:
             video_keys=change(self.video_keys),
             caption_keys=change(self.caption_keys),
             places=None if self.places is None else change(self.places),
+            counters=None if self.counters is None else change(self.counters),
         )
 
 
@@ -323,11 +332,14 @@ class Loader:
         flip = self.config.flip == "always" or (self.config.flip == "auto" and not tells_sides(said))
         return pick, crop, flip and rng.random() < 0.5
 
-    def ahead(self, first: int, last: int, device: torch.device | None = None) -> Generator[Batch, None, None]:
+    def ahead(
+        self, first: int, last: int, device: torch.device | None = None, bucket: int = 0
+    ) -> Generator[Batch, None, None]:
         """Batches of steps first .. last - 1, made in a thread of their own while the step before them computes.
 
         device  where they are to be. To a CUDA device they travel from pinned memory on a stream of their own, beside
                 what is computed there; the caller's stream waits for its batch, the host does not.
+        bucket  what they are `rounded` to; 0: they are not.
         """
         device = torch.device("cpu") if device is None else device
         copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -338,7 +350,7 @@ class Loader:
             for step in range(first, last):
                 made: tuple[Batch, torch.cuda.Event | None] | BaseException
                 try:
-                    batch = self.batch(step)
+                    batch = self.batch(step).rounded(bucket) if bucket else self.batch(step)
                     made = (batch.to(device), None) if copies is None else _sent(batch, copies)
                 except BaseException as error:  # it belongs to the thread that asked for the batch
                     made = error

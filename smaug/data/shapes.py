@@ -316,14 +316,15 @@ def decoded(folder: Path, split: str, size: int, report: Report = lambda what, d
 
     aside, sums_aside = _aside(path), _aside(sums)
     try:
-        with open(aside, "wb") as f:
+        with naming(path), open(aside, "wb") as f:
             os.posix_fallocate(f.fileno(), 0, math.prod(shape))  # writing to a map on a full disk is a bus error
         frames = np.memmap(aside, np.uint8, "r+", shape=shape)
         for _ in _in_threads(read, list(range(len(names))), f"decoding the {split} clips", report):
             pass
         frames.flush()
         # The checksum is written first: a map without one is not trusted, nor is one that differs from it.
-        sums_aside.write_text(_map_sums(frames))
+        with naming(sums):
+            sums_aside.write_text(_map_sums(frames))
         os.replace(sums_aside, sums)
         os.replace(aside, path)
     finally:
@@ -349,12 +350,24 @@ def _in_threads(work: Callable[[Any], Any], items: list[Any], what: str, report:
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A full disk is told by an error that names no file while one is written; a person needs to know which disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+@contextlib.contextmanager
 def _made_aside(folder: Path) -> Iterator[Path]:
     """A folder to fill, renamed to `folder` at the end; gone if anything goes wrong."""
     aside = _aside(folder)
     aside.mkdir(parents=True)
     try:
-        yield aside
+        with naming(folder):
+            yield aside
         try:
             os.rename(aside, folder)
         except OSError:  # something has the name already

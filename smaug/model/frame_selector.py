@@ -39,7 +39,7 @@ class FrameSelector(nn.Module):
         init_linear(self)
 
     def forward(
-        self, frames: Tensor, text: Tensor, kv_ids: Tensor, *, seed: int = 0, step: int = 0
+        self, frames: Tensor, text: Tensor, kv_ids: Tensor, *, seed: int = 0, step: int | Tensor = 0
     ) -> tuple[Tensor, Tensor | None]:
         """Keeps the best `keep` of each pair's frames.
 

@@ -176,7 +176,7 @@ class VideoEncoder(nn.Module):
         *,
         keep_rate: float | None = None,
         seed: int = 0,
-        step: int = 0,
+        step: int | Tensor = 0,
         first: int = 0,
     ) -> EncodedVideo:
         """Rectangular groups of (video, ids_keep), e.g. videos and images, run as one packed batch.

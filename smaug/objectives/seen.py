@@ -66,7 +66,7 @@ class Seen:
     positives: Tensor  # (B, B) bool, text i belongs to video j: same video or same caption
     removed: Sequence[Removed]  # one a group
     seed: int
-    epoch: int
+    epoch: int | Tensor  # or int64 () on the device
     # (B, B) logits by contrast head, where they have been computed already, for the negatives
     scores: Mapping[nn.Module, Tensor] = field(default_factory=dict)
     keys: Tensor | None = None  # (B, 2) int64, equal where videos, where captions are the same

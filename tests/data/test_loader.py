@@ -355,6 +355,14 @@ def test_batches_for_the_cpu_are_not_copied(mixed, monkeypatch):
         assert all(x is y for x, y in zip(tensors(a), tensors(b), strict=True)) and len(tensors(a)) > 10
 
 
+def test_batches_ahead_may_be_rounded(mixed):
+    source = loader(mixed)
+    for step, got in enumerate(source.ahead(0, 3, bucket=64)):
+        batch = source.batch(step)
+        assert got.words.rows % 64 == 0 and torch.equal(got.words.values[: batch.words.rows], batch.words.values)
+        assert got.counters.tolist() == [batch.epoch, step] and batch.counters is None
+
+
 def tensors(batch):
     found = []
     batch.map(lambda x: (found.append(x), x)[1])
@@ -423,6 +431,7 @@ def test_to_moves_everything(mixed):
         tensors += [words.values, words.cu_seqlens, words.ids, words.size]
         assert words.lengths == getattr(batch, view).lengths
     tensors += [t for g in moved.groups for t in (g.video, g.samples)]
+    tensors += [batch.rounded(8).to(torch.device("meta")).counters]
     assert all(t.device.type == "meta" for t in tensors) and moved.names == batch.names
     assert same(batch.to(torch.device("cpu")), batch)
     # What is one object stays one, so that the step does not encode the same captions twice.

@@ -41,12 +41,14 @@ def moves_wide(kernel, stores=True):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_noise(architecture):
-    """One compiled kernel for every seed and step."""
-    like, found = meta(128, 128, dtype=torch.float32), []
-    for seed, draw in ((0, 0), (2**40 + 1, 16), (-1, 2**23)):
-        found += launches_of(lambda: noise.noise(like, seed, draw, 3), architecture, "_noise")  # noqa: B023
-        built(found[-1], architecture)
-    assert len({launch.specialisation(each, architecture) for each in found}) == 1
+    """One compiled kernel for every seed and step, and one for every step that is on the device."""
+    like, there = meta(128, 128, dtype=torch.float32), meta(dtype=torch.int64)
+    for on_device in (None, there):
+        found = []
+        for seed, draw in ((0, 0), (2**40 + 1, 16), (-1, 2**23)):
+            found += launches_of(lambda: noise.noise(like, seed, draw, 3, on_device), architecture, "_noise")  # noqa: B023
+            built(found[-1], architecture)
+        assert len({launch.specialisation(each, architecture) for each in found}) == 1
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

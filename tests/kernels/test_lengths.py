@@ -30,7 +30,9 @@ def masks(r):
 
 
 def noises(r):
-    noise.noise(meta(number(r, 500), number(r, 500), dtype=BF16), r.choice([7, -(2**40)]), number(r, 10**6), 3)
+    like, seed = meta(number(r, 500), number(r, 500), dtype=BF16), r.choice([7, -(2**40)])
+    noise.noise(like, seed, number(r, 10**6), 3)
+    noise.noise(like, seed, 0, 3, meta(dtype=INT64))
 
 
 def moves(r):

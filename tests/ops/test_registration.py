@@ -28,6 +28,7 @@ def random_mask():
 def noise():
     for like in (torch.empty(3, 4), torch.empty(0, 2, dtype=torch.bfloat16)):
         yield str(tuple(like.shape)), (like, 5, 2, 1)
+    yield "draw on the device", (torch.empty(3), 5, 0, 1, torch.tensor(2))
 
 
 def _patches():

@@ -13,6 +13,8 @@ def test_equal(shape):
         want = torch.ops.smaug.noise(torch.empty(shape), seed, draw, stream)
         got = kernel.noise(torch.empty(shape), seed, draw, stream)
         assert got.dtype == torch.float32 and torch.equal(got, want)
+        there = kernel.noise(torch.empty(shape), seed, 0, stream, torch.tensor([1, draw])[1])
+        assert torch.equal(there, want)
 
 
 def test_program_order_changes_nothing(in_every_order):
