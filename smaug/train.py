@@ -10,6 +10,7 @@ import json
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -466,10 +467,13 @@ def main() -> int:
         return run(options, size, shlex.join(["python", "-m", "smaug.train", *arguments]))
     except (ValueError, OSError, DamagedError) as error:
         return refuse(error)
-    except RuntimeError as error:
-        if distributed.ranks() == 1 or "by peer" not in str(error):
+    except Exception as error:
+        if distributed.ranks() == 1:
             raise
-        return refuse(RuntimeError(f"process {distributed.rank()}: another process is gone ({error})"))
+        if isinstance(error, RuntimeError) and "by peer" in str(error):
+            return refuse(RuntimeError(f"process {distributed.rank()}: another process is gone ({error})"))
+        traceback.print_exc()  # not raised, since the interpreter's own end may be a deadlock, see `distributed.leave`
+        return 1
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped at once; --resume goes on from what the run had saved", highlight=False)
         return 130
