@@ -125,15 +125,14 @@ class Loop:
     def _forward_and_backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if self.graphs is not None:
             return self.graphs(batch)
+        if self.micro_batch < len(batch):
+            loss, parts = backward_in_parts(self.step, batch, self.micro_batch, self.way.autocast)
+            if self.engine is not self.step:
+                distributed.average_gradients(self.update.parameters)  # the engine has not seen these backwards
+            return loss, parts
         with self.way.autocast():
-            if self.micro_batch < len(batch):
-                loss, parts = backward_in_parts(self.step, batch, self.micro_batch)
-            else:
-                loss, parts = self.engine(batch)
-        if self.micro_batch >= len(batch):
-            loss.backward()
-        elif self.engine is not self.step:
-            distributed.average_gradients(self.update.parameters)  # the engine has not seen these backwards
+            loss, parts = self.engine(batch)
+        loss.backward()
         return loss, parts
 
     def _make_room(self, pairs: int, said: str) -> None:

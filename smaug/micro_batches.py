@@ -10,7 +10,8 @@ part.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -25,10 +26,13 @@ from smaug.tokens import PackedTokens, cat_tokens, known_cu_seqlens
 Visible = list[tuple[Tensor, Tensor]]  # (video, ids_keep) by group
 
 
-def backward_in_parts(step: Step, batch: Batch, pairs: int) -> tuple[Tensor, dict[str, Tensor]]:
+def backward_in_parts(
+    step: Step, batch: Batch, pairs: int, precision: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of `training_step` and its parts, with the gradients of all parameters accumulated.
 
-    pairs: how many are encoded at once. The lengths of texts must be known to the host.
+    pairs: how many are encoded at once. The lengths of texts must be known to the host. precision: the autocast of the
+    forwards; a backward within it would compute in bf16 what the forward computed in fp32, such as the contrast.
     """
     removed, visible = draw_masks(step.model, step.recipe, batch)
     views = text_views(step.recipe, batch)
@@ -37,17 +41,19 @@ def backward_in_parts(step: Step, batch: Batch, pairs: int) -> tuple[Tensor, dic
         (replace(batch, first=batch.first + start), _clips(visible, start, end), _texts(views, len(batch), start, end))
         for start, end in zip([0, *ends], ends, strict=False)
     ]
-    with torch.no_grad():
+    with torch.no_grad(), precision():
         parts = [step.encode(*one) for one in given]
     tensors = [_tensors(part) for part in parts]
     leaves = [torch.cat(same).requires_grad_() for same in zip(*tensors, strict=True)]
-    loss, means = step.judge(batch, removed, _joined(parts, leaves))
+    with precision():
+        loss, means = step.judge(batch, removed, _joined(parts, leaves))
     loss.backward()
     sizes = [[len(x) for x in same] for same in zip(*tensors, strict=True)]
     grads = [leaf.grad.split(each) if leaf.grad is not None else None for leaf, each in zip(leaves, sizes, strict=True)]
     del parts, tensors, leaves
     for number, one in enumerate(given):
-        outputs = _tensors(step.encode(*one))
+        with precision():
+            outputs = _tensors(step.encode(*one))
         flows = [(x, grad[number]) for x, grad in zip(outputs, grads, strict=True) if grad is not None]
         torch.autograd.backward([x for x, _ in flows], [grad for _, grad in flows])
     return loss.detach(), means

@@ -90,8 +90,10 @@ def judge(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """All objectives on what was encoded -> the loss and its parts."""
     video, features = encoded.video, encoded.features
-    same, scores = positives(batch), contrast_scores(model, features["contrast"], video.features)
-    fused = {}
+    same, fused = positives(batch), {}
+    scores: dict[nn.Module, Tensor] = {}
+    if any(isinstance(objective, Vtm) for objective in recipe.objectives.values()):  # else (B, B) may be too much
+        scores = contrast_scores(model, features["contrast"], video.features)
     if model.fusion is not None:
         fused = fuse(model, recipe, batch, video, features, encoded.words, same, next(iter(scores.values()), None))
     keys = torch.stack([batch.video_keys, batch.caption_keys], 1)

@@ -10,6 +10,7 @@ import json
 import shlex
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -196,6 +197,12 @@ def _differences(a: Any, b: Any, at: str = "") -> Iterator[str]:
 
 def run(options: Options, size: str, command: str) -> int:
     began = time.perf_counter()
+    least = min(options.keep, options.log_every, options.checkpoint_every, options.max_nonfinite)
+    if least < 1 or min(options.micro_batch, options.eval_every) < 0 or not options.timeout > 0:
+        raise ValueError(
+            "--keep, --log-every, --checkpoint-every and --max-nonfinite must be at least 1, --micro-batch and "
+            "--eval-every at least 0, --timeout above 0"
+        )
     recipe, way = options.recipe, device.choose(options.fast, options.device)
     if distributed.asked():
         way = replace(way, device=distributed.start(way.device, options.timeout))
@@ -206,10 +213,12 @@ def run(options: Options, size: str, command: str) -> int:
     steps = min(recipe.optim.steps, options.max_steps if options.max_steps is not None else recipe.optim.steps)
     default_folder = Path("runs") / f"{recipe.name}-{size}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = options.run_dir or distributed.tell(default_folder)
+    if len(set(distributed.collect(options.resume))) > 1:
+        raise ValueError(
+            f"{folder} holds a run for some processes and none for others; --run-dir must be a folder that all see"
+        )
     if (folder / "config.json").exists() and not options.resume:
         raise ValueError(f"{folder} holds a run already; add --resume to go on with it, or choose another --run-dir")
-    if options.micro_batch < 0 or options.keep < 1 or min(options.log_every, options.checkpoint_every) < 1:
-        raise ValueError("--keep, --log-every and --checkpoint-every must be at least 1, --micro-batch at least 0")
     if options.cuda_graphs:
         graphs.check(recipe, way.device, way.impl, options.micro_batch)
     folder.mkdir(parents=True, exist_ok=True)
@@ -260,6 +269,12 @@ def run(options: Options, size: str, command: str) -> int:
         recipe = with_answers(recipe, clips)
     loader = open_loader(recipe, clips, tokenizer, distributed.rank(), ranks)
     recipe = with_pools(recipe, loader.size // ranks, ranks, begins=not options.resume)
+    samples = [len(clips), clips.fingerprint()]
+    if other := [number for number, theirs in enumerate(distributed.collect(samples)) if theirs != samples]:
+        raise ValueError(
+            f"process {distributed.rank()} has {len(clips)} samples, and process {other[0]} has others, or in another "
+            "order. Batches are shared by number: give each machine the same manifest and all its files"
+        )
 
     torch.manual_seed(recipe.seed)  # again, so that the weights do not depend on what came before
     model = build(recipe, tokenizer.get_vocab_size(), way.impl).to(way.device)
@@ -283,7 +298,6 @@ def run(options: Options, size: str, command: str) -> int:
         "step": 0, "clips": 0, "tokens_computed": 0, "tokens_dense": 0,
         "device_seconds": 0.0, "data_seconds": 0.0, "wall_seconds": 0.0,
     }  # fmt: skip
-    samples = [len(clips), clips.fingerprint()]
     if options.resume:
         totals |= _restore(keeper, model, update, console)
         if (was := read_config(folder).get("samples")) not in (None, samples):
@@ -416,6 +430,8 @@ def _tokenizer(folder: Path, clips: Clips, options: Options, first: bool) -> Tok
     path = folder / "tokenizer.json"
     if path.exists() and (options.resume or not first):
         return read_tokenizer(folder)
+    if not first:
+        raise ValueError(f"{path} of the first process is not to be seen; --run-dir must be a folder that all see")
     if options.init:
         tokenizer = read_tokenizer(options.init)
     elif options.recipe.model.text.start:
@@ -451,10 +467,13 @@ def main() -> int:
         return run(options, size, shlex.join(["python", "-m", "smaug.train", *arguments]))
     except (ValueError, OSError, DamagedError) as error:
         return refuse(error)
-    except RuntimeError as error:
-        if distributed.ranks() == 1 or "by peer" not in str(error):
+    except Exception as error:
+        if distributed.ranks() == 1:
             raise
-        return refuse(RuntimeError(f"process {distributed.rank()}: another process is gone ({error})"))
+        if isinstance(error, RuntimeError) and "by peer" in str(error):
+            return refuse(RuntimeError(f"process {distributed.rank()}: another process is gone ({error})"))
+        traceback.print_exc()  # not raised, since the interpreter's own end may be a deadlock, see `distributed.leave`
+        return 1
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped at once; --resume goes on from what the run had saved", highlight=False)
         return 130

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from smaug import train
 from smaug.objectives.vtc import _InParts, same_pairs
 from smaug.recipe import load
 from smaug.run import with_pools
@@ -120,3 +121,18 @@ def test_a_run_goes_on_with_fewer_processes_and_then_with_one(shard, shapes_cach
     assert losses(run) == pytest.approx(losses(alone), rel=1e-5) and len(losses(run)) == 9
     result, undisturbed = (json.loads((r / "result.json").read_text()) for r in (run, alone))
     assert result["clips"] == undisturbed["clips"] and result["tokens_computed"] == undisturbed["tokens_computed"]
+
+
+def test_processes_that_do_not_see_the_same_are_refused(call, monkeypatch, tmp_path):
+    """As on machines that each have a folder of their own: they would wait for each other, or mix up what is whose."""
+    told = train.distributed.collect
+    for wrong, error in ((bool, "holds a run for some processes and none for others"), (list, "process 1 has others")):
+
+        def collect(value, wrong=wrong):
+            return [value, not value if wrong is bool else [1, 2]] if isinstance(value, wrong) else told(value)
+
+        monkeypatch.setattr(train.distributed, "collect", collect)
+        code, _, err = call(train.main, *RUN[2:], "--run-dir", tmp_path / "run")
+        assert code == 1 and err.count("\n") == 1 and error in err, err
+    with pytest.raises(ValueError, match=r"tokenizer\.json of the first process is not to be seen"):
+        train._tokenizer(tmp_path / "another", None, None, first=False)

@@ -92,6 +92,12 @@ def test_too_many_in_a_row_end_the_run_and_are_named(call, monkeypatch):
     monkeypatch.undo()
 
 
+def test_limits_that_make_no_sense_are_refused_before_anything_is_written(call):
+    for wrong in ("--max-nonfinite=0", "--log-every=0", "--keep=0", "--eval-every=-1", "--timeout=0"):
+        code, _, err = call(train.main, "smaug", *TINY, wrong)
+        assert code == 1 and wrong.split("=")[0] in err and not Path("run").exists(), err
+
+
 def test_out_of_memory_halves_what_is_encoded_at_once(call, monkeypatch, undisturbed):
     step = steps.training_step
 
@@ -120,7 +126,7 @@ def test_what_does_not_fit_in_any_part_ends_the_run(call, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
 
     monkeypatch.setattr(steps, "training_step", training_step)
-    monkeypatch.setattr(loop, "backward_in_parts", lambda step, batch, pairs: training_step(step, None, batch))
+    monkeypatch.setattr(loop, "backward_in_parts", lambda step, batch, *how: training_step(step, None, batch))
     code, out, err = call(train.main, "smaug", *TINY)
     assert code == 1 and re.search("out of memory with 1 pairs at once in a process: CUDA out of memory", err)
     assert [line.split()[4] for line in out.splitlines() if line.startswith("out of")] == ["16", "8", "4", "2"]

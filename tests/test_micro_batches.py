@@ -58,6 +58,26 @@ def test_patches_that_are_pruned_at_random_are_the_same(shapes_cache):
     torch.testing.assert_close(backward_in_parts(step, batch, 3)[0], loss.detach(), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("part", [2, 100])
+def test_the_contrast_has_fp32_gradients_in_bf16_too(part, shapes_cache):
+    recipe, loader, tokenizer = made("mac")
+    vtc = dataclasses.replace(recipe.objectives["vtc"], part=part)
+    recipe = dataclasses.replace(recipe, objectives=recipe.objectives | {"vtc": vtc})
+    step, batch = Step(model_of(recipe, tokenizer, "auto"), recipe), loader.batch(0)
+
+    def bf16():
+        return torch.autocast("cpu", torch.bfloat16)
+
+    with bf16():
+        loss, _ = step(batch)
+    loss.backward()
+    truth = gradients(step.model)
+    backward_in_parts(step, batch, 3, bf16)
+    found = gradients(step.model)
+    for key in (k for k in truth if k.startswith("heads.vtc.")):
+        assert relative_error(found[key], truth[key]) < 1e-4, key
+
+
 def test_it_holds_the_activations_of_one_part_and_reads_nothing(shapes_cache):
     recipe, loader, tokenizer = made("mac")
     step, batch = Step(model_of(recipe, tokenizer, "auto"), recipe), loader.batch(0)

@@ -30,6 +30,7 @@ from smaug.device import choose
 from smaug.loop import count_tokens
 from smaug.masks import TextMask, VideoMask
 from smaug.model.video_encoder import PruneConfig
+from smaug.objectives.vtc import VtcHeads
 from smaug.objectives.vtm import Vtm
 from smaug.optim import adamw, learning_rate
 from smaug.recipe import Recipe, load, names
@@ -417,6 +418,14 @@ def test_masks_change_with_the_epoch_and_the_seed(setup):
     negatives = any(isinstance(objective, Vtm) for objective in recipe.objectives.values())
     drawn = 3 if recipe.video_mask.ratio else 2 if negatives else 1
     assert len(set(losses)) == drawn and (losses[3] != losses[0]) == (drawn > 1)
+
+
+def test_the_contrast_in_parts_never_has_the_scores_of_all_pairs(shapes_cache, monkeypatch):
+    recipe, loader, tokenizer = made("mac")
+    vtc = dataclasses.replace(recipe.objectives["vtc"], part=4)
+    recipe = dataclasses.replace(recipe, objectives=recipe.objectives | {"vtc": vtc})
+    monkeypatch.setattr(VtcHeads, "scores", None)  # not to be called
+    training_step(model_of(recipe, tokenizer, "auto"), recipe, loader.batch(0))
 
 
 def test_positives_share_the_clip_or_the_caption():

@@ -38,7 +38,11 @@ class Mlm:
 
     def __call__(self, heads: nn.Module, seen: Seen) -> Tensor:
         assert seen.masked is not None
-        return F.cross_entropy(heads(seen.masked.features), seen.masked.labels)
+        logits = heads(seen.masked.features)
+        if not len(logits):  # captions of one word each; their mean would be no number, and so the whole batch's
+            zero: Tensor = logits.sum()
+            return zero
+        return F.cross_entropy(logits, seen.masked.labels)
 
     def count(self, seen: Seen) -> Tensor:
         assert seen.masked is not None

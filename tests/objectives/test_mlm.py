@@ -61,3 +61,11 @@ def test_only_masked_words_reach_the_vocabulary():
 def test_weight_is_not_applied_here():
     made, words = heads(), torch.randn(12, 16)
     assert torch.equal(Mlm(weight=3.0)(made, seen(words)), Mlm()(made, seen(words)))
+
+
+def test_a_share_of_the_batch_without_masked_words():
+    made, words = heads(), torch.randn(3, 16, requires_grad=True)
+    none = Masked(words[:0], LABELS[:0])
+    loss = Mlm()(made, Seen(None, None, None, [], 0, 0, masked=none))
+    assert loss == 0 and Mlm().count(Seen(None, None, None, [], 0, 0, masked=none)) == 0
+    assert all(not g.any() for g in torch.autograd.grad(loss, [*made.parameters(), words]))
