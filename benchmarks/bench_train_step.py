@@ -172,12 +172,11 @@ def measure(options: Options, recipe: Recipe) -> dict[str, Any]:
         with watch.phase("copying"):
             there = given.to(way.device)
         with watch.phase("forward"):
-            with way.autocast():
-                if at_once < len(given):
-                    backward_in_parts(whole, there, at_once)
-                else:
+            if at_once < len(given):
+                backward_in_parts(whole, there, at_once, way.autocast)
+            else:
+                with way.autocast():
                     loss, _ = whole(there)
-            if at_once >= len(given):
                 loss.backward()
         update(given.step)
 

@@ -108,6 +108,7 @@ class Keeper:
 
         def begin() -> None:
             if copied is not None:
+                torch.cuda.set_device(copied.device)  # or a new thread would talk to the first
                 copied.synchronize()
             if not self.rank:
                 _make_aside(aside, self.host if shared else ())

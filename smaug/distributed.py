@@ -25,7 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 ENTRANCES = ("attend", "mlp", "end", "see", "encode", "judge")
 
 
-_kept: list[Any] = []  # what holds a process group stays until the process ends, see `leave`
+# Groups of all processes besides the default one: of one group all must call in one order, and DDP begins with its sums
+# as gradients are ready. What holds a group stays until the process ends, see `leave`.
+_groups: dict[str, dist.ProcessGroup] = {}
+_kept: list[Any] = []
 
 
 def asked() -> bool:
@@ -45,14 +48,15 @@ def start(device: torch.device, minutes: float) -> torch.device:
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=patience)
+    if size > 1:
+        _groups["host"] = dist.new_group(backend="gloo", timeout=patience)
+        _groups["vectors"] = dist.new_group(backend=backend, timeout=patience)
     return device
 
 
 def host_group() -> dist.ProcessGroup | None:
     """Another group of all processes, over host memory, for a thread that talks beside the training. None if alone."""
-    group = dist.new_group(backend="gloo") if ranks() > 1 else None
-    _kept.append(group)
-    return group
+    return _groups.get("host")
 
 
 def leave(code: int) -> NoReturn:
@@ -121,14 +125,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         every = x.new_empty((ranks() * len(x), *x.shape[1:]))
-        dist.all_gather_single(every, x.contiguous())
+        dist.all_gather_single(every, x.contiguous(), group=_groups["vectors"])
         return every
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (grad,) = grads
         own = grad.new_empty((len(grad) // ranks(), *grad.shape[1:]))
-        dist.reduce_scatter_single(own, grad.contiguous())
+        dist.reduce_scatter_single(own, grad.contiguous(), group=_groups["vectors"])
         return own
 
 

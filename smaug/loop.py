@@ -64,7 +64,7 @@ class Loop:
         """Trains up to a step; False if Ctrl-C or SIGTERM ended it before. Saves at the end either way."""
         start = self.number
         saved = start if checkpoint.steps(self.keeper.folder) else -1  # step of the last checkpoint
-        with self._signals(), self._open_log(start) as note, self._written():
+        with self._signals(), self._open_log(start, steps) as note, self._written():
             bucket = graphs.BUCKET if self.graphs is not None else 0
             batches = self.loader.ahead(start, steps, self.way.device, bucket)
             with contextlib.closing(batches):
@@ -119,7 +119,7 @@ class Loop:
                     raise
                 said, pairs = str(error).splitlines()[0], min(self.micro_batch, len(batch))
             self._make_room(pairs, said)
-        self.update(self.number)
+        self.update(self.number, loss)
         return loss, parts
 
     def _forward_and_backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -249,7 +249,7 @@ class Loop:
         self.keeper.wait()
 
     @contextlib.contextmanager
-    def _open_log(self, start: int) -> Iterator[Callable[[dict[str, float]], None]]:
+    def _open_log(self, start: int, steps: int) -> Iterator[Callable[[dict[str, float]], None]]:
         """A function that writes a row of numbers to metrics.jsonl, TensorBoard and the screen."""
         if not self.first:
             yield lambda row: None
@@ -260,7 +260,6 @@ class Loop:
         _cut(path, start)
         board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=start)
         with contextlib.closing(board), progress(self.console) as bars, open(path, "ab", buffering=0) as log:
-            steps = min(self.recipe.optim.steps, self.options.max_steps or self.recipe.optim.steps)
             task = bars.add_task("training", total=steps, completed=start, note="")
 
             def note(row: dict[str, float]) -> None:

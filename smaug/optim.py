@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from smaug.distributed import whole
+from smaug.distributed import total, whole
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,15 @@ class Update:
         self.skipped, self.in_a_row = torch.tensor(numbers, device=self.skipped.device).unbind()
 
     @torch.no_grad()
-    def __call__(self, step: int) -> None:
+    def __call__(self, step: int, loss: Tensor | None = None) -> None:
+        """Takes the gradients of a step, counted from 0; one whose loss is not finite is left out, too."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self.norm = whole(nn.utils.get_total_norm(gradients))
         bad = (~torch.isfinite(self.norm)).float()
+        if loss is not None:  # that of this process alone, so the others have to be told
+            bad = (bad + total((~torch.isfinite(loss.detach())).float())).clamp(max=1)
         self.skipped = self.skipped + bad
         self.in_a_row = (self.in_a_row + 1) * bad
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]
@@ -84,5 +87,8 @@ class Update:
         self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            torch._foreach_lerp_(list(self.ema.values()), self.parameters, 1 - self.config.ema)
+        if self.ema:  # + (1 - ema) (weights - mean), or + 0 where the step was left out
+            means = list(self.ema.values())
+            away = torch._foreach_sub(self.parameters, means)
+            torch._foreach_mul_(away, (1 - self.config.ema) * (1 - bad))
+            torch._foreach_add_(means, away)

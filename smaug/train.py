@@ -7,6 +7,7 @@ and to know a year later what was run. Top to bottom: options, set-up, loop, eva
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -207,7 +208,7 @@ def run(options: Options, size: str, command: str) -> int:
     if distributed.asked():
         way = replace(way, device=distributed.start(way.device, options.timeout))
     ranks, first = distributed.ranks(), distributed.rank() == 0
-    if options.shard and ranks == 1:
+    if options.shard and ranks == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun may have one left
         raise ValueError("--shard shares the weights among processes: start them by torchrun, see docs/engine.md")
     console = Console(markup=False, quiet=not first)  # a file may be called clip[1].mp4
     steps = min(recipe.optim.steps, options.max_steps if options.max_steps is not None else recipe.optim.steps)
@@ -287,11 +288,16 @@ def run(options: Options, size: str, command: str) -> int:
         checkpoint_blocks(model)
     step = Step(model, recipe)
     engine: nn.Module = step
+    images = any(sample.kind == "image" for sample in clips.samples)
     if ranks > 1 and options.shard:
         distributed.shard(step, (Block, FusionBlock))
     elif ranks > 1:
-        images = any(sample.kind == "image" for sample in clips.samples)
         engine = distributed.replicate(step, way.device, unused=images or recipe.unmask_last > 0)
+    if ranks > 1 and images and recipe.video_mask.kind == "frame":
+        raise ValueError(
+            "--video-mask.kind frame takes nothing from an image: a process with images alone would compute less than "
+            "the others, who would wait for it. Use another kind, or one process"
+        )
     update = Update(model, recipe.optim)
     keeper = checkpoint.Keeper(folder / "checkpoints", options.keep, distributed.host_group())
     totals: dict[str, float] = {

@@ -121,3 +121,15 @@ def test_an_update_leaves_out_what_is_not_finite(value):
     gradients_of(model, 3)
     update(3)
     assert update.nonfinite() == [2, 0] and not torch.equal(model.bias, before[1])
+
+
+def test_a_loss_that_is_not_finite_is_left_out_and_the_mean_stays():
+    model = nn.Linear(5, 7)
+    update = Update(model, OptimConfig(ema=0.5, warmup=0.0))
+    for step, loss in enumerate((1.0, float("nan"), 2.0)):
+        before, mean = model.weight.detach().clone(), update.ema["weight"].clone()
+        gradients_of(model, step)
+        update(step, torch.tensor(loss, requires_grad=True))
+        stays = loss != loss
+        assert torch.equal(model.weight, before) == stays and torch.equal(update.ema["weight"], mean) == stays
+    assert update.nonfinite() == [1, 0]
