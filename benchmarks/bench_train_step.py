@@ -49,7 +49,7 @@ from smaug.objectives.mvm import Mvm
 from smaug.optim import Update, adamw
 from smaug.recipe import Recipe, load
 from smaug.run import build, open_loader, refuse
-from smaug.step import Step, text_views, training_step
+from smaug.step import Step, seed_of, text_views, training_step
 
 VOCABULARY = 200  # about as many pieces as the embedded data set has
 WORDS = [f"w{number}" for number in range(5, VOCABULARY)]
@@ -177,7 +177,7 @@ def measure(options: Options, recipe: Recipe) -> dict[str, Any]:
             else:
                 with way.autocast():
                     loss, _ = whole(there)
-                loss.backward()
+                loss.backward(seed_of(loss))
         update(given.step)
 
     def repeat(seconds: float) -> list[dict[str, float]]:

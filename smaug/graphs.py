@@ -24,7 +24,7 @@ from smaug.objectives.answer import Answer
 from smaug.objectives.mlm import Mlm
 from smaug.ops.implementation import load_kernels
 from smaug.recipe import Recipe
-from smaug.step import Step, keep_rate, video_mask
+from smaug.step import Step, keep_rate, seed_of, video_mask
 
 BUCKET = 256  # rows of words are rounded up to a multiple of this
 MOST = 4  # graphs: each has gradients of its own, as large as the weights; activations share their memory
@@ -105,7 +105,7 @@ class Graphs:
         forget(self.parameters)
         with self.autocast():
             loss, parts = self.step(batch)
-        loss.backward()
+        loss.backward(seed_of(loss))
         return loss.detach(), {name: part.detach() for name, part in parts.items()}
 
     def _record(self, batch: Batch) -> Recorded:

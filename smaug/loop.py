@@ -29,7 +29,7 @@ from smaug.micro_batches import backward_in_parts
 from smaug.optim import Update, learning_rate
 from smaug.recipe import Recipe
 from smaug.run import progress, write
-from smaug.step import Step, keep_rate, text_views, video_mask
+from smaug.step import Step, keep_rate, seed_of, text_views, video_mask
 
 if TYPE_CHECKING:
     from smaug.train import Options
@@ -119,7 +119,7 @@ class Loop:
                     raise
                 said, pairs = str(error).splitlines()[0], min(self.micro_batch, len(batch))
             self._make_room(pairs, said)
-        self.update(self.number, loss)
+        self.update(self.number)
         return loss, parts
 
     def _forward_and_backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -132,7 +132,7 @@ class Loop:
             return loss, parts
         with self.way.autocast():
             loss, parts = self.engine(batch)
-        loss.backward()
+        loss.backward(seed_of(loss))
         return loss, parts
 
     def _make_room(self, pairs: int, said: str) -> None:

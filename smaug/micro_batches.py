@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from smaug.data.loader import Batch
 from smaug.model.video_encoder import EncodedVideo
-from smaug.step import Encoded, Step, draw_masks, text_views
+from smaug.step import Encoded, Step, draw_masks, seed_of, text_views
 from smaug.tokens import PackedTokens, cat_tokens, known_cu_seqlens
 
 Visible = list[tuple[Tensor, Tensor]]  # (video, ids_keep) by group
@@ -47,7 +47,7 @@ def backward_in_parts(
     leaves = [torch.cat(same).requires_grad_() for same in zip(*tensors, strict=True)]
     with precision():
         loss, means = step.judge(batch, removed, _joined(parts, leaves))
-    loss.backward()
+    loss.backward(seed_of(loss))
     sizes = [[len(x) for x in same] for same in zip(*tensors, strict=True)]
     grads = [leaf.grad.split(each) if leaf.grad is not None else None for leaf, each in zip(leaves, sizes, strict=True)]
     del parts, tensors, leaves

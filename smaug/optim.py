@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from smaug.distributed import total, whole
+from smaug.distributed import whole
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,12 @@ class Update:
         self.skipped, self.in_a_row = torch.tensor(numbers, device=self.skipped.device).unbind()
 
     @torch.no_grad()
-    def __call__(self, step: int, loss: Tensor | None = None) -> None:
-        """Takes the gradients of a step, counted from 0; one whose loss is not finite is left out, too."""
+    def __call__(self, step: int) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, self.config)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         self.norm = whole(nn.utils.get_total_norm(gradients))
         bad = (~torch.isfinite(self.norm)).float()
-        if loss is not None:  # that of this process alone, so the others have to be told
-            bad = (bad + total((~torch.isfinite(loss.detach())).float())).clamp(max=1)
         self.skipped = self.skipped + bad
         self.in_a_row = (self.in_a_row + 1) * bad
         self.optimizer.found_inf = bad  # type: ignore[attr-defined]

@@ -101,19 +101,28 @@ def judge(
 
     parts = {name: objective(model.heads[name], seen) for name, objective in recipe.objectives.items()}
     if ranks() > 1:
-        parts = balanced(parts, [objective.count(seen) for objective in recipe.objectives.values()])
+        counts = {name: objective.count(seen) for name, objective in recipe.objectives.items()}
+        parts = balanced(parts, {name: count for name, count in counts.items() if count is not None})
     weights = [recipe.objectives[name].weight for name in parts]
     each = [part if weight == 1 else weight * part for weight, part in zip(weights, parts.values(), strict=True)]
     return torch.stack(each).sum(), parts
 
 
-def balanced(parts: dict[str, Tensor], counts: Sequence[int | Tensor]) -> dict[str, Tensor]:
+def seed_of(loss: Tensor) -> Tensor:
+    """What to begin the backward of a loss with: 1, or NaN where it is not finite. Every gradient is NaN then, of all
+    processes that share them, and so all of them leave the step out."""
+    return torch.where(torch.isfinite(loss.detach()), 1.0, float("nan"))
+
+
+def balanced(parts: dict[str, Tensor], counts: dict[str, int | Tensor]) -> dict[str, Tensor]:
     """Means over this process' things (words, pairs) -> numbers whose mean over the processes is that over all things:
     a process with more of them counts for more."""
+    if not counts:
+        return parts
     device = next(iter(parts.values())).device
-    own = torch.stack([torch.full((), n, device=device) if isinstance(n, int) else n for n in counts]).float()
+    own = torch.stack([torch.full((), n, device=device) if isinstance(n, int) else n for n in counts.values()]).float()
     share = own * ranks() / total(own).clamp(min=1)
-    return {name: part * weight for (name, part), weight in zip(parts.items(), share.unbind(), strict=True)}
+    return parts | {name: parts[name] * weight for name, weight in zip(counts, share.unbind(), strict=True)}
 
 
 def video_mask(recipe: Recipe, step: int) -> VideoMask:

@@ -10,6 +10,7 @@ from torch import nn
 from smaug.optim import OptimConfig, Update, adamw, learning_rate
 from smaug.recipe import load, names
 from smaug.run import build
+from smaug.step import seed_of
 
 
 def test_schedule():
@@ -123,13 +124,16 @@ def test_an_update_leaves_out_what_is_not_finite(value):
     assert update.nonfinite() == [2, 0] and not torch.equal(model.bias, before[1])
 
 
-def test_a_loss_that_is_not_finite_is_left_out_and_the_mean_stays():
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_left_out_and_the_mean_stays(value):
+    """Also where its gradients are finite."""
     model = nn.Linear(5, 7)
     update = Update(model, OptimConfig(ema=0.5, warmup=0.0))
-    for step, loss in enumerate((1.0, float("nan"), 2.0)):
+    for step, more in enumerate((1.0, value, 2.0)):
         before, mean = model.weight.detach().clone(), update.ema["weight"].clone()
-        gradients_of(model, step)
-        update(step, torch.tensor(loss, requires_grad=True))
-        stays = loss != loss
+        loss = model(torch.ones(2, 5)).square().sum() + more
+        loss.backward(seed_of(loss))
+        update(step)
+        stays = step == 1
         assert torch.equal(model.weight, before) == stays and torch.equal(update.ema["weight"], mean) == stays
     assert update.nonfinite() == [1, 0]

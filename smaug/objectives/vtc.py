@@ -136,11 +136,10 @@ class Vtc:
             assert seen.keys is not None
             text, video = heads.embed(seen.text, seen.video.features)
             with in_fp32(text):
-                texts, videos = gather_rows(torch.cat([text, video], 1)).tensor_split(2, 1)
+                vectors, keys = gather_rows(torch.cat([text, video], 1), seen.keys)
+                texts, videos = vectors.tensor_split(2, 1)
                 scale = 1 / heads.temperature()
-                loss: Tensor = _InParts.apply(
-                    text, video, texts, videos, scale, seen.keys, gather_rows(seen.keys), self.part
-                )
+                loss: Tensor = _InParts.apply(text, video, texts, videos, scale, seen.keys, keys, self.part)
                 return loss
         scores = seen.scores.get(heads)
         if scores is None:
@@ -150,5 +149,5 @@ class Vtc:
         target = target / target.sum(-1, keepdim=True)
         return (torch.stack([scores, scores.T]).log_softmax(-1) * target).sum() / (-2 * len(scores))
 
-    def count(self, seen: Seen) -> int:
-        return len(seen.text)
+    def count(self, seen: Seen) -> None:
+        """A pair each."""
