@@ -276,6 +276,12 @@ def run(options: Options, size: str, command: str) -> int:
             f"process {distributed.rank()} has {len(clips)} samples, and process {other[0]} has others, or in another "
             "order. Batches are shared by number: give each machine the same manifest and all its files"
         )
+    images = any(sample.kind == "image" for sample in clips.samples)
+    if ranks > 1 and images and recipe.video_mask.kind == "frame":
+        raise ValueError(
+            "--video-mask.kind frame takes nothing from an image: a process with images alone would compute less than "
+            "the others, who would wait for it. Use another kind, or one process"
+        )
 
     torch.manual_seed(recipe.seed)  # again, so that the weights do not depend on what came before
     model = build(recipe, tokenizer.get_vocab_size(), way.impl).to(way.device)
@@ -288,16 +294,10 @@ def run(options: Options, size: str, command: str) -> int:
         checkpoint_blocks(model)
     step = Step(model, recipe)
     engine: nn.Module = step
-    images = any(sample.kind == "image" for sample in clips.samples)
     if ranks > 1 and options.shard:
         distributed.shard(step, (Block, FusionBlock))
     elif ranks > 1:
         engine = distributed.replicate(step, way.device, unused=images or recipe.unmask_last > 0)
-    if ranks > 1 and images and recipe.video_mask.kind == "frame":
-        raise ValueError(
-            "--video-mask.kind frame takes nothing from an image: a process with images alone would compute less than "
-            "the others, who would wait for it. Use another kind, or one process"
-        )
     update = Update(model, recipe.optim)
     keeper = checkpoint.Keeper(folder / "checkpoints", options.keep, distributed.host_group())
     totals: dict[str, float] = {
