@@ -269,7 +269,8 @@ def test_a_batch_with_capacity_gives_the_same(setup, images):
     assert abs(got - loss) <= 1e-6 * abs(loss)
     for name, truth in grads.items():
         if name not in cancelled(recipe):
-            assert relative_error(got_grads[name], truth) < 1e-6, name
+            # Multiple choice is about differences of options, in which most of the gradient cancels.
+            assert relative_error(got_grads[name], truth) < (1e-5 if recipe.task == "mc" else 2e-6), name
 
 
 def test_with_capacity_a_step_draws_by_the_counters_on_the_device(setup, monkeypatch):
@@ -285,7 +286,7 @@ def test_with_capacity_a_step_draws_by_the_counters_on_the_device(setup, monkeyp
     assert abs(got - want) <= 1e-6 * abs(want)
     assert (abs(want - own) > 1e-4 * abs(want)) == (recipe.task == "retrieval")  # the others draw nothing
     for name in truth.keys() - cancelled(recipe):
-        assert relative_error(grads[name], truth[name]) < 1e-6, name
+        assert relative_error(grads[name], truth[name]) < (1e-5 if recipe.task == "mc" else 2e-6), name
 
 
 class Copies(TorchDispatchMode):
