@@ -509,7 +509,7 @@ def renewed(page: str, found: dict[str, str]) -> str:
     for name, table in found.items():
         pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.S)
         if len(pattern.findall(page)) != 1:
-            raise ValueError(f"{PAGE} needs one '<!-- table {name} -->' with its '<!-- end -->' behind it")
+            raise ValueError(f"the page needs one '<!-- table {name} -->' with its '<!-- end -->' behind it")
         page = pattern.sub(lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", page)
     return page
 
