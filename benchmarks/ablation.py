@@ -187,7 +187,7 @@ Counted = list[tuple[float, Load, dict[str, Work]]]  # share of the run, and the
 SMAUG, DENSE = load("smaug", "base"), load("dense", "base")
 
 
-def video(recipe: Recipe, **fields: object) -> Recipe:
+def with_video(recipe: Recipe, **fields: object) -> Recipe:
     return replace(recipe, model=replace(recipe.model, video=replace(recipe.model.video, **fields)))
 
 
@@ -200,7 +200,7 @@ def decoding(recipe: Recipe, decoder: DecoderConfig) -> Recipe:
 
 
 STOCK = decoding(SMAUG, MAE)
-UNPRUNED = video(selecting(STOCK, 0), prune=PruneConfig())
+UNPRUNED = with_video(selecting(STOCK, 0), prune=PruneConfig())
 # (name, recipe, who computes it, what it computes that the next row does not)
 ROWS: list[tuple[str, Recipe, Count, str]] = [
     (
@@ -213,7 +213,7 @@ ROWS: list[tuple[str, Recipe, Count, str]] = [
     ),
     (
         "+ word masking (off)", UNPRUNED, plain,
-        "visible patches that [CLS] hardly looks at, in blocks 4 to 12",
+        "visible patches that [CLS] hardly looks at, from block 3 on, and their keys and values in fusion",
     ),
     (
         "+ spatial sparsification", selecting(STOCK, 0), plain,
@@ -372,7 +372,7 @@ def selector_table() -> str:
     keep = SMAUG.model.selector.keep
     for frames in (4, 8, 16):
         for depth in (3, 12):
-            recipe = video(SMAUG, frames=frames)
+            recipe = with_video(SMAUG, frames=frames)
             fusion = replace(recipe.model.fusion, depth=depth)
             recipe = replace(recipe, model=replace(recipe.model, fusion=fusion))
             row: list[object] = [f"{keep} of {frames}", depth]
@@ -397,7 +397,7 @@ def grid_table() -> str:
             prune = PruneConfig() if keep == 1 else replace(SMAUG.model.video.prune, keep=keep)
             row: list[object] = [f"{ratio:.0%}", f"{keep:.0%}"]
             for decoder in DECODERS.values():
-                recipe = replace(video(decoding(SMAUG, decoder), prune=prune), video_mask=VideoMask(ratio, "even"))
+                recipe = replace(with_video(decoding(SMAUG, decoder), prune=prune), video_mask=VideoMask(ratio, "even"))
                 found = [
                     base / hours(counted(recipe, count)) for base, count in zip(bases, (plain, cost.parts), strict=True)
                 ]
@@ -433,8 +433,8 @@ def needed_table() -> str:
 
 def ways_table() -> str:
     sparse = replace(SMAUG, video_mask=VideoMask(0.75, "even"))
-    sparser = video(sparse, prune=replace(SMAUG.model.video.prune, keep=0.5))
-    small = partial(video, image_size=160)
+    sparser = with_video(sparse, prune=replace(SMAUG.model.video.prune, keep=0.5))
+    small = partial(with_video, image_size=160)
     ways: list[tuple[str, Recipe, int, float]] = [
         ("the recipe", SMAUG, 4, 1.0),
         ("5 epochs", SMAUG, 4, 0.5),
