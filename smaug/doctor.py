@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
 CHECKOUT = Path(__file__).resolve().parents[1]  # or site-packages
-CGROUP, PROC = Path("/sys/fs/cgroup"), Path("/proc")
+CGROUP, PROC, NVIDIA = Path("/sys/fs/cgroup"), Path("/proc"), Path("/dev/nvidiactl")
 GIB = 2**30
 PATIENCE = 20.0  # seconds for a decoder's process; the first import after a start of the machine is slow
 COMPARED = 64  # clips of a built data set that are compared with their checksums
@@ -144,14 +144,14 @@ def processor(facts: Facts) -> Iterator[Finding]:
     }  # fmt: skip
     model = facts["processor"]["is"].partition(",")[0]
     said = f"{model}: {usable:g} of {os.cpu_count()} cores may be used, and torch takes {threads}"
+    do = ""
     if threads > whole:
+        said += ", whose threads then wait for each other"
         do = f"export OMP_NUM_THREADS={whole}" + (f", and add --data.workers {whole}" if allowed > whole else "")
-        yield Finding("processor", "note", f"{said}, whose threads then wait for each other", do)
     elif threads < whole and "OMP_NUM_THREADS" in os.environ:
         said += f", as OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} says"
-        yield Finding("processor", "note", said, "unset OMP_NUM_THREADS, unless something else needs the other cores")
-    else:
-        yield Finding("processor", "ok", said)
+        do = "unset OMP_NUM_THREADS, unless something else needs the other cores"
+    yield Finding("processor", "note" if do else "ok", said, do)
 
 
 def memory(facts: Facts) -> Iterator[Finding]:
@@ -183,21 +183,21 @@ def _limits(controller: str, *names: str) -> Iterator[list[str]]:
 def gpu(facts: Facts) -> Iterator[Finding]:
     import torch
 
+    cuda, hip = torch.version.cuda, torch.version.hip
+    facts["torch"] = {"version": torch.__version__, "cuda": cuda, "hip": hip}
     facts["driver"] = {"version": None, "cuda": None, "told_by": None}
-    facts["torch"] = {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
     facts["gpus"] = []
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "processors alone"
-    yield Finding(
-        "torch", "ok", f"{torch.__version__}, for {f'ROCm {torch.version.hip}' if torch.version.hip else build}"
-    )
+    build = f"CUDA {cuda}" if cuda else f"ROCm {hip}" if hip else "processors alone"
+    yield Finding("torch", "ok", f"{torch.__version__}, for {build}")
     seen, said = _driver(facts["driver"])
     yield Finding("driver", "note" if seen and not facts["driver"]["version"] else "ok", said)
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         card = torch.cuda.get_device_properties(number)
         capability, bf16 = f"{card.major}.{card.minor}", card.major >= 8
-        about = {"name": card.name, "bytes": card.total_memory, "capability": capability, "bf16": bf16}
+        free, total = torch.cuda.mem_get_info(number)
+        about = {"name": card.name, "bytes": total, "free_bytes": free, "capability": capability, "bf16": bf16}
         facts["gpus"].append(about)
-        said = f"{card.name}, {card.total_memory / GIB:.0f} GiB, compute capability {capability}"
+        said = f"{card.name}, {total / GIB:.0f} GiB, {free / GIB:.0f} free, compute capability {capability}"
         said += ", bf16" if bf16 else ": bf16, which --fast takes, is emulated"
         yield Finding(f"gpu {number}", "ok" if bf16 else "note", said, "" if bf16 else "leave out --fast")
     if len(facts["gpus"]) > 1 and (free := shutil.disk_usage("/dev/shm").free) < GIB:  # Docker gives 64 MiB
@@ -207,7 +207,7 @@ def gpu(facts: Facts) -> Iterator[Finding]:
         return
     if not seen:
         yield Finding("gpu", "ok", "none: runs compute on the processor")
-    elif not (torch.version.cuda or torch.version.hip):
+    elif not (cuda or hip):
         version = torch.__version__.partition("+")[0]
         do = f"pip install --force-reinstall --index-url https://pypi.org/simple torch=={version}"
         yield Finding("gpu", "note", "this machine has an NVIDIA GPU, and this torch is a build without CUDA", do)
@@ -223,7 +223,7 @@ def gpu(facts: Facts) -> Iterator[Finding]:
 def _driver(facts: Facts) -> tuple[bool, str]:
     """Whether there is an NVIDIA driver or device, and what is known of it."""
     module = PROC / "driver/nvidia/version"
-    seen = module.exists() or Path("/dev/nvidiactl").exists()
+    seen = module.exists() or NVIDIA.exists()
     try:
         import pynvml
 
@@ -231,9 +231,10 @@ def _driver(facts: Facts) -> tuple[bool, str]:
         version, number = pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion_v2()
         pynvml.nvmlShutdown()
     except Exception as error:  # NVML's own, whose type is in the module that may be missing
-        if module.exists():
-            facts |= {"version": re.findall(r" (\d+[.\d]+) ", module.read_text())[0], "told_by": str(module)}
-        return seen, f"NVIDIA {facts['version']}" if seen else f"no NVIDIA driver ({_words(error)})"
+        if module.exists() and (found := re.search(r" (\d+\.[.\d]+) ", module.read_text())):
+            facts |= {"version": found[1], "told_by": str(module)}
+        is_a = f"NVIDIA {facts['version'] or 'of an unknown version'}" if seen else "no NVIDIA driver"
+        return seen, f"{is_a} ({_words(error)})"
     facts |= {"version": version, "cuda": f"{number // 1000}.{number % 1000 // 10}", "told_by": "NVML"}
     return True, f"NVIDIA {version}, up to CUDA {facts['cuda']}"
 
@@ -373,14 +374,16 @@ def cache(facts: Facts) -> Iterator[Finding]:
     folder, clips, side = shapes.cache_folder().absolute(), DataConfig().shapes, VideoEncoderConfig().image_size
     there = next(place for place in (folder, *folder.parents) if os.path.exists(place))
     free, refused = shutil.disk_usage(there).free, ""
+    places: list[Path] = []
+    sets: dict[str, Any] = {}
+    size = 0
     try:
+        places = sorted(folder.iterdir()) if folder.is_dir() else []
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(bytes(2**16))
     except OSError as error:
-        refused = f"; nothing can be written there: {error.strerror or error}"
-    sets: dict[str, Any] = {}
-    size = 0
-    for place in sorted(folder.iterdir()) if folder.is_dir() else ():
+        refused = f"; nothing can be kept there: {error.strerror or error}"
+    for place in places:
         inside = sum(path.stat().st_size for path in (place, *place.rglob("*")) if path.is_file())
         size += inside
         if place.name.startswith("shapes-v"):
@@ -389,7 +392,7 @@ def cache(facts: Facts) -> Iterator[Finding]:
     built = f"shapes-v{shapes.VERSION}-{'-'.join(map(str, clips))}"
     lacking = 0 if built in sets else sum(clips) * CLIP_BYTES
     for split, count in zip(shapes.SPLITS, clips, strict=True):
-        if split != "val" and not (folder / built / f"frames-{side}-{split}.u8").exists():
+        if split != "val" and not os.path.exists(folder / built / f"frames-{side}-{split}.u8"):
             lacking += count * shapes.FRAMES * side**2 * 3
     said = f"{folder}: {size / GIB:.1f} GiB in it, {free / GIB:.1f} GiB free on its disk{refused}"
     if lacking and (refused or free < lacking):
@@ -453,6 +456,7 @@ def examine() -> tuple[list[Finding], Facts]:
 
     def begin(_: Facts) -> Iterator[Finding]:
         also = [one for one, module in (("dali", "nvidia.dali"), ("torchcodec", "torchcodec")) if _found(module)]
+        also += ["pyav"] if NVIDIA.exists() else []  # without a GPU that is what auto is
         tried.update({one: try_decoder(one) for one in ("auto", *also)})
         return iter(())
 
@@ -496,10 +500,10 @@ def show(findings: list[Finding], verdict: str) -> None:
 
 def main() -> int:
     # argparse: tyro may be what is missing
-    parser = argparse.ArgumentParser(prog="python -m smaug.doctor", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m smaug.doctor", description=__doc__, formatter_class=form)
     parser.add_argument(
-        "--json", metavar="FILE", help="also write all of it there; - is stdout, with nothing else on it"
+        "--json", metavar="FILE", help="write all of it there, too; - is stdout, with nothing else on it"
     )
     to = parser.parse_args().json
     try:
@@ -529,4 +533,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     faulthandler.enable()  # should torch take this process with it, that says where
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # of a folder's name
     sys.exit(main())

@@ -156,8 +156,17 @@ def test_a_cache_nobody_can_write_to(quick, monkeypatch, tmp_path, where):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SMAUG_CACHE", str(tmp_path / where))
     found, facts = look(doctor.cache)
-    assert found["cache"].state == "problem" and "nothing can be written there: Not a directory" in found["cache"].said
+    assert found["cache"].state == "problem" and "nothing can be kept there: Not a directory" in found["cache"].said
     assert "SMAUG_CACHE" in found["cache"].do and facts["cache"]["writable"] is False
+
+
+def test_a_cache_nobody_may_look_into(quick, monkeypatch, tmp_path):
+    def locked(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(doctor.Path, "is_dir", locked)  # root, as whom tests may run, may look everywhere
+    found, _ = look(doctor.cache)
+    assert found["cache"].state == "problem" and "nothing can be kept there: Permission denied" in found["cache"].said
 
 
 def test_a_full_and_a_read_only_disk(built, monkeypatch, tmp_path):
@@ -390,8 +399,10 @@ def stand_in(monkeypatch, tmp_path):
     """stand_in(major=8, cards=1): a torch with CUDA, cards, and NVML."""
 
     def stand_in(major=8, cards=1, kernels="ok"):
-        card = SimpleNamespace(name="NVIDIA RTX A6000", total_memory=48 * 2**30, major=major, minor=6)
-        for name, value in {"is_available": True, "device_count": cards, "get_device_properties": card}.items():
+        card = SimpleNamespace(name="NVIDIA RTX A6000", major=major, minor=6)
+        answers = {"is_available": True, "device_count": cards, "get_device_properties": card}
+        answers |= {"mem_get_info": (40 * 2**30, 48 * 2**30)}
+        for name, value in answers.items():
             monkeypatch.setattr(torch.cuda, name, lambda *of, value=value: value)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         for module in (implementation, device):
@@ -408,10 +419,11 @@ def stand_in(monkeypatch, tmp_path):
 def test_a_gpu_by_stand_in(stand_in):
     stand_in()
     found, facts = look(doctor.gpu)
-    assert found["gpu 0"].said == "NVIDIA RTX A6000, 48 GiB, compute capability 8.6, bf16"
+    assert found["gpu 0"].said == "NVIDIA RTX A6000, 48 GiB, 40 free, compute capability 8.6, bf16"
     assert found["driver"].said == "NVIDIA 580.65.06, up to CUDA 13.1" and found["torch"].said.endswith("for CUDA 13.0")
     assert facts["driver"] == {"version": "580.65.06", "cuda": "13.1", "told_by": "NVML"}
-    assert facts["gpus"] == [{"name": "NVIDIA RTX A6000", "bytes": 48 * 2**30, "capability": "8.6", "bf16": True}]
+    about = {"bytes": 48 * 2**30, "free_bytes": 40 * 2**30, "capability": "8.6", "bf16": True}
+    assert facts["gpus"] == [{"name": "NVIDIA RTX A6000", **about}]
     found, facts = look(doctor.choices)
     assert found["--fast"].said.startswith("cuda: bf16; Triton kernels; blocks compiled")
     assert facts["fast"]["compile"] and facts["fast"]["dtype"] == "bfloat16" and not facts["plain"]["compile"]
@@ -485,7 +497,10 @@ def test_a_gpu_that_torch_cannot_use_by_stand_in(monkeypatch, tmp_path, cuda, wo
     monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
     found, facts = look(doctor.gpu)
     assert found["gpu"].state == "note" and words in found["gpu"].said and facts["gpus"] == []
-    assert found["driver"].said == "NVIDIA 570.86.15" and facts["driver"]["version"] == "570.86.15"
+    assert (
+        found["driver"].said.startswith("NVIDIA 570.86.15 (ModuleNotFoundError")
+        and facts["driver"]["version"] == "570.86.15"
+    )
     if cuda is None:
         version = torch.__version__.partition("+")[0]
         assert found["gpu"].do == f"pip install --force-reinstall --index-url https://pypi.org/simple torch=={version}"
