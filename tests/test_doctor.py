@@ -292,11 +292,11 @@ def container(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("version, cores", [("1", 1.5), ("2", 2.0), ("2, seen from outside", 2.5), ("none", 64.0)])
 def test_limits_of_a_container(container, version, cores):
-    if version == "1":  # quota and limit lie above the process's own group
-        own = {"memory__own__memory_limit_in_bytes": "9223372036854771712", "cpu__cpu_cfs_quota_us": "150000"}
+    if version == "1":  # the limit lies above the process's own group, and a group that it is not in has a lower quota
         container(
-            "5:memory:/own\n4:cpu,cpuacct:/own\n0::/\n", **own,
-            cpu__cpu_cfs_period_us="100000", memory__memory_limit_in_bytes="1073741824",
+            "5:memory:/own\n4:cpu,cpuacct:/\n0::/\n", cpu__cpu_cfs_quota_us="150000", cpu__cpu_cfs_period_us="100000",
+            cpu__own__cpu_cfs_quota_us="1000", cpu__own__cpu_cfs_period_us="100000",
+            memory__own__memory_limit_in_bytes="9223372036854771712", memory__memory_limit_in_bytes="1073741824",
         )  # fmt: skip
     elif version == "2":
         container("0::/\n", cpu_max="200000 100000\n", memory_max="1073741824\n")
@@ -313,6 +313,7 @@ def test_limits_of_a_container(container, version, cores):
     limited, memory = look(doctor.memory)[0]["memory"], look(doctor.memory)[1]["memory"]
     if version == "none":
         assert found["processor"].state == limited.state == "ok" and memory["limit_bytes"] is None
+        assert found["processor"].do == limited.do == ""
     else:
         few = int(cores)
         assert found["processor"].do == f"export OMP_NUM_THREADS={few}, and add --data.workers {few}"
@@ -346,6 +347,21 @@ def test_every_codec_is_really_decoded(capsys):
     assert told["codecs"]["vp9"] == ""  # without which there are no `shapes`
 
 
+@pytest.mark.parametrize("hidden", [(), ("torchcodec",), ("nvidia", "nvidia.dali", "torchcodec")])
+def test_decoders_that_are_not_installed_are_not_tried(quick, monkeypatch, tmp_path, hidden):
+    def find_spec(name):
+        if name == "nvidia.dali" and "nvidia" in hidden:
+            raise ModuleNotFoundError("No module named 'nvidia'")
+        return None if name in hidden else object()
+
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", find_spec)
+    there = [one for one in ("dali", "torchcodec") if not hidden or (one == "dali" and "nvidia" not in hidden)]
+    assert list(doctor.examine()[1]["decoders"]) == ["auto", *there]
+    (tmp_path / "nvidiactl").touch()
+    monkeypatch.setattr(doctor, "NVIDIA", tmp_path / "nvidiactl")
+    assert list(doctor.examine()[1]["decoders"]) == ["auto", *there, "pyav"]
+
+
 def test_wrong_frames_and_codecs_that_cannot_be_tried(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "CODECS", {"mpeg4": "mpeg4", "new": "no-such-encoder"})
     monkeypatch.setattr(doctor, "range", lambda *of: [40] * 8, raising=False)  # the clip does not get brighter
@@ -374,6 +390,21 @@ def test_a_decoder_that_takes_its_process_with_it(monkeypatch, code, error):
     assert facts["decoders"]["torchcodec"] == {"name": "torchcodec", "error": error, "codecs": {}}
     assert (found["torchcodec"].state, found["torchcodec"].said) == ("note", error)
     assert (found["decoder"].state, found["decoder"].do) == ("problem", "add --data.decoder pyav")
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_no_process_is_left_behind(quick, monkeypatch, error):
+    hangs = process("import time; time.sleep(60)")
+    monkeypatch.setattr(doctor, "PATIENCE", 0.2)
+    monkeypatch.setattr(doctor, "_found", lambda module: False)
+    monkeypatch.setattr(doctor, "try_decoder", lambda choice: hangs)
+    if error:
+        monkeypatch.setattr(doctor.platform, "platform", lambda: (_ for _ in ()).throw(error))
+        with pytest.raises(error):
+            doctor.examine()
+    else:
+        doctor.examine()
+    assert hangs.wait(5) == -signal.SIGKILL
 
 
 def test_what_is_said_of_decoders():
