@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import tomllib
 import warnings
 import zlib
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 CHECKOUT = Path(__file__).resolve().parents[1]  # or site-packages
 CGROUP, PROC, NVIDIA = Path("/sys/fs/cgroup"), Path("/proc"), Path("/dev/nvidiactl")
 GIB = 2**30
-PATIENCE = 20.0  # seconds for a decoder's process; the first import after a start of the machine is slow
+PATIENCE = 20.0  # seconds for the decoders' processes; the first import after a start of the machine is slow
 COMPARED = 64  # clips of a built data set that are compared with their checksums
 TINY_BYTES = 2 * GIB  # a run of size tiny on a processor has peaked at 0.9 GiB
 CLIP_BYTES = 20_000  # of one encoded clip of `shapes`, 19 KB as a mean, and its line
@@ -282,7 +283,8 @@ def rates(facts: Facts) -> Iterator[Finding]:
 
 
 def decoders(facts: Facts, tried: dict[str, subprocess.Popen[str]]) -> Iterator[Finding]:
-    facts["decoders"] = {choice: _told(choice, process) for choice, process in tried.items()}
+    until = time.monotonic() + PATIENCE  # for all of them together
+    facts["decoders"] = {choice: _told(choice, process, until) for choice, process in tried.items()}
     for choice, told in facts["decoders"].items():
         why, _, do = told["error"].partition("; run: ")
         by = "auto is dali, as there is a GPU, else pyav; it " if "dali" in told["name"] else "auto is pyav; it "
@@ -307,10 +309,10 @@ def try_decoder(choice: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True, cwd=CHECKOUT)
 
 
-def _told(choice: str, process: subprocess.Popen[str]) -> Facts:
+def _told(choice: str, process: subprocess.Popen[str], until: float) -> Facts:
     """What it printed, or how it ended."""
     try:
-        out, err = process.communicate(timeout=PATIENCE)
+        out, err = process.communicate(timeout=max(0.5, until - time.monotonic()))  # 0.5: it may be done
     except subprocess.TimeoutExpired:
         error = f"no answer in {PATIENCE:.0f} s"
     else:

@@ -380,7 +380,7 @@ def test_wrong_frames_and_codecs_that_cannot_be_tried(capsys, monkeypatch):
     ],
 )
 def test_a_decoder_that_takes_its_process_with_it(monkeypatch, code, error):
-    monkeypatch.setattr(doctor, "PATIENCE", 0.4)
+    monkeypatch.setattr(doctor, "PATIENCE", 0.4 if "sleep" in code else 20.0)
     tried = {"auto": process(code), "torchcodec": process(code)}
     try:
         found, facts = look(doctor.decoders, tried)
@@ -405,6 +405,16 @@ def test_no_process_is_left_behind(quick, monkeypatch, error):
     else:
         doctor.examine()
     assert hangs.wait(5) == -signal.SIGKILL
+
+
+def test_one_that_hangs_takes_no_time_from_the_next(monkeypatch):
+    monkeypatch.setattr(doctor, "PATIENCE", 0.0)
+    tried = {"auto": process("import time; time.sleep(60)"), "torchcodec": process(f"print({json.dumps(GOOD)!r})")}
+    tried["torchcodec"].wait(20)
+    try:
+        assert look(doctor.decoders, tried)[1]["decoders"]["torchcodec"] == GOOD
+    finally:
+        tried["auto"].kill()
 
 
 def test_what_is_said_of_decoders():
