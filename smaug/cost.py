@@ -622,7 +622,7 @@ def calibrate(way: Way, seconds: float = 5.0, now: Callable[[], float] = time.pe
     """This machine as it is now, by the clock `now`, in about so many seconds: with the rates of `smaug.calibration`,
     or, on a GPU, of one product and one copy."""
     flops = matrix_rate(way, now)
-    a = torch.ones(32 << 20, device=way.device)
+    a = torch.ones(16 << 20, device=way.device)
     b, best, began = torch.empty_like(a), 0.0, now()
     while best == 0.0 or now() - began < 0.1:
         before = now()
@@ -890,9 +890,11 @@ def step_time(
     )
 
 
-def schedule(recipe: Recipe, load: Load, points: int = 20) -> list[Load]:
-    """The load at evenly spaced steps of a run: pruning warms up, and at the end nothing may be masked."""
-    return [replace(load, step=int(recipe.optim.steps * (i + 0.5) / points)) for i in range(points)]
+def schedule(recipe: Recipe, load: Load, points: int = 20, steps: int | None = None) -> list[Load]:
+    """The load at evenly spaced steps of a run, or of its first `steps`: pruning warms up, and at the end nothing may
+    be masked."""
+    steps = recipe.optim.steps if steps is None else steps
+    return [replace(load, step=int(steps * (i + 0.5) / points)) for i in range(points)]
 
 
 def dense(recipe: Recipe) -> Recipe:
