@@ -22,7 +22,7 @@ from smaug.device import Way
 from smaug.tokens import packed_uniform
 
 NUMBERS = 1 << 19  # of an operation's input, about: a step's tensors at tiny and small have 1e5 to 1e7
-COLD = 6e6  # bytes of inputs that take turns: what the forward wrote has left the near cache when the backward reads it
+NEAR = 4 << 20  # bytes, more than the second-level cache of a core
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,10 @@ class Piece:
 def pieces(way: Way) -> Iterator[Piece]:
     """In an order in which each has one rate that is not known yet. Sizes are those that steps have."""
     p = cost.BF16_CPU if way.dtype == torch.bfloat16 else cost.FP32
-    small = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
-    yield Piece("launch", cost.mlp(8, 32, 4, p), lambda x: x + small(x), (8, 32))
+    up, down = cost.linear(8, 32, 128, p), cost.linear(8, 128, 32, p)
+    small = [cost.norm(8, 32, p), up, cost.pointwise(8 * 128, p, keeps=True), down]
+    layers = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 32))
+    yield Piece("launch", cost.total(small), layers, (8, 32))
     rows = torch.randperm(NUMBERS // 128)
     read = Work(bytes=2 * p.stream * NUMBERS, backward_bytes=2 * p.stream * NUMBERS, launches=3)
     yield Piece("moved", read, lambda x: x.index_select(0, rows), (len(rows), 128))
@@ -104,34 +106,25 @@ def _keys(p: Precision, way: Way, videos: int = 64, length: int = 64, heads: int
 
 
 def timed(piece: Piece, way: Way, seconds: float, now: Callable[[], float]) -> tuple[float, float]:
-    """Seconds of its forward and of its backward, medians. Several run forward one after the other, then backward the
-    other way round, as the layers of a step do."""
-    inputs = [torch.randn(piece.shape).to(way.dtype).requires_grad_()]
-
-    def passes() -> tuple[float, float]:
-        begin, outputs = now(), []
-        for x in inputs:
-            with way.autocast():  # casts weights once in each
-                outputs.append(piece.function(x))
-        middle = now()
-        for y in reversed(outputs):
-            y.backward(grad)
-        end = now()
-        for x in inputs:
-            x.grad = None
+    """Seconds of its forward and of its backward, medians. Before each something else uses the near cache, as in a
+    step: small operations then take half as long again, code and all."""
+    x, other = torch.randn(piece.shape).to(way.dtype).requires_grad_(), torch.ones(NEAR // 4)
+    taken: list[tuple[float, float]] = []
+    began = now()
+    while len(taken) < 4 or now() - began < seconds:
+        other.add_(1)
+        begin = now()
+        with way.autocast():  # casts weights once in each
+            y = piece.function(x)
+        there, grad = now() - begin, torch.ones_like(y.detach())
+        other.add_(1)
+        begin = now()
+        y.backward(grad)
+        taken.append((there, now() - begin))
+        x.grad = None
         if isinstance(piece.function, nn.Module):
             piece.function.zero_grad()
-        return (middle - begin) / len(inputs), (end - middle) / len(inputs)
-
-    with way.autocast():
-        grad = torch.randn_like(piece.function(inputs[0]).detach())
-    many = min(64, int(COLD / inputs[0].nbytes), int(seconds / 8 / sum(passes())))
-    inputs += [torch.randn_like(inputs[0]).requires_grad_() for _ in range(many - 1)]
-    began = now()
-    taken = [passes() for _ in range(3)][1:]
-    while now() - began < 0.8 * seconds:
-        taken.append(passes())
-    return median(there for there, _ in taken), median(back for _, back in taken)
+    return median(there for there, _ in taken[1:]), median(back for _, back in taken[1:])
 
 
 def rates(
