@@ -86,7 +86,7 @@ def measure(options: Options) -> tuple[list[dict[str, object]], list[dict[str, o
             times[name] += [step() for _ in range(4)][1:]
         rates += [
             {"calibration": number, "unit": unit, "forward": f"{there:.4g}", "backward": f"{back:.4g}"}
-            for unit, (there, back) in calibration.rates(way, options.seconds, time.process_time).items()
+            for unit, (there, back) in calibration.rates(way, options.seconds).items()
         ]
         print(f"round {number} of {options.rounds}", file=sys.stderr)
     rows: list[dict[str, object]] = [
@@ -447,23 +447,26 @@ def counted_here(name: str, dtype: str) -> Work:
     return cost.total(cost.parts(recipe, load, vocabulary=VOCABULARY, precision=precision).values())
 
 
-def points() -> list[Point]:
-    """What was measured here, beside what the model makes of the rates of the same day."""
-    rows, rates = (list(csv.DictReader(path.read_text().splitlines())) for path in (MEASURED, CALIBRATED))
-    if not rows or not rates:
-        raise ValueError(f"{MEASURED} or {CALIBRATED} is empty; run with --measure")
+def calibrations() -> list[dict[str, tuple[float, float]]]:
+    """Those that are kept, each by unit; before them their medians."""
     single: dict[str, dict[str, tuple[float, float]]] = {}
-    for rate in rates:
-        single.setdefault(rate["calibration"], {})[rate["unit"]] = float(rate["forward"]), float(rate["backward"])
-    units = next(iter(single.values()))
-    together = {
-        unit: (median(each[unit][0] for each in single.values()), median(each[unit][1] for each in single.values()))
-        for unit in units
-    }
+    for row in csv.DictReader(CALIBRATED.read_text().splitlines()):
+        single.setdefault(row["calibration"], {})[row["unit"]] = float(row["forward"]), float(row["backward"])
+    if not single:
+        raise ValueError(f"{CALIBRATED} is empty; run with --measure")
+    each = list(single.values())
+    return [{u: (median(one[u][0] for one in each), median(one[u][1] for one in each)) for u in each[0]}, *each]
+
+
+def points() -> list[Point]:
+    """What was measured here, beside what the model makes of the rates of the same hour."""
+    rows, rates = list(csv.DictReader(MEASURED.read_text().splitlines())), calibrations()
+    if not rows:
+        raise ValueError(f"{MEASURED} is empty; run with --measure")
     found = []
     for row in rows:
         work = counted_here(row["configuration"], row["dtype"])
-        told, *each = (sum(cost.calibrated(work, one)) for one in (together, *single.values()))
+        told, *each = (sum(cost.calibrated(work, one)) for one in rates)
         found.append(Point(row, work, told, tuple(each)))
     return found
 
@@ -499,40 +502,79 @@ def cpu_table(found: list[Point]) -> str:
     return f"{table}\n\n{said}"
 
 
+UNITS = {
+    "launch": "an operation, whatever it does, when something else has used the cache",
+    "moved": "a byte of rows that are picked, or added in the backward",
+    "sum": "a number of x + y",
+    "gelu": "a number",
+    "norm": "a number of a LayerNorm",
+    "weight": "a weight that is cast to bf16, and its gradient that is cast back",
+    "product": "a FLOP of a linear layer, by the narrower side of its weight",
+    "pixel": "a pixel's channel, from uint8 to what is embedded or rebuilt",
+    "attention": "a call",
+    "attention 32": "a row and head of width 32, by the keys it looks at",
+    "attention 64": "a row and head of width 64",
+    "key": "a number of keys that are picked for a text, and as many of values",
+    "adamw": "a weight, with the norm of all gradients",
+}
+
+
+def nanoseconds(seconds: float) -> str:
+    return f"{1e9 * seconds:,.0f}" if seconds > 1e-7 else f"{1e9 * seconds:.3g}"
+
+
+def rates_table() -> str:
+    """Units of one kind stand in one row."""
+    kinds: dict[str, dict[str, tuple[float, float]]] = {}
+    for unit, rate in calibrations()[0].items():
+        kind, _, size = unit.partition(" x ") if " x " in unit else unit.partition(" ")
+        kinds.setdefault(kind, {})[size] = rate
+    body: list[list[object]] = [
+        [
+            kind, UNITS[kind], ", ".join(sizes) if len(sizes) > 1 else "",
+            *(", ".join(nanoseconds(rate[i]) for rate in sizes.values()) for i in (0, 1)),
+        ]
+        for kind, sizes in kinds.items()
+    ]  # fmt: skip
+    return rows_of("| unit | what one is | at | forward ns | backward ns |", body)
+
+
 def draw(found: list[Point], path: Path) -> None:
     """Predicted against measured, and the band that the model has to keep in the median."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("the picture needs matplotlib: pip install -c constraints.txt -e '.[plots]'") from None
-    figure = Figure(figsize=(7.5, 6), layout="constrained")
+    figure = Figure(figsize=(7, 6.6), layout="constrained")
     axes = figure.subplots()
-    least = 0.7 * 1e3 * min(min(point.seconds, point.predicted) for point in found)
-    most = 1.4 * 1e3 * max(max(point.seconds, point.predicted) for point in found)
-    line = [least, most]
+    each = [1e3 * x for point in found for x in (point.seconds, point.predicted)]
+    line = [min(each) / 2, max(each) * 2]
+    ticks = [x for x in (digit * 10**power for power in range(5) for digit in (1, 2, 5)) if line[0] <= x <= line[1]]
     axes.plot(line, line, color="0.5", linewidth=1)
     low, high = ([(1 + off) * x for x in line] for off in (-BAND, BAND))
     axes.fill_between(line, low, high, color="0.9", label=f"within {BAND:.0%}")
-    for number, size in enumerate(("tiny", "small")):
-        shown = [point for point in found if f", {size}" in point.row["configuration"]]
-        axes.errorbar(
-            [1e3 * p.seconds for p in shown], [1e3 * p.predicted for p in shown], fmt="os"[number],
-            label=f"size {size}",
-            xerr=[[1e3 * (p.seconds - float(p.row["least"])) for p in shown],
-                  [1e3 * (float(p.row["most"]) - p.seconds) for p in shown]],
-            elinewidth=0.8, markersize=5,
-        )  # fmt: skip
-    for place, point in enumerate(sorted(found, key=lambda p: p.seconds)):
-        name = point.row["configuration"].replace(", tiny", "").replace(", small", "")
+    for place, point in enumerate(sorted(found, key=lambda point: point.seconds)):
+        recipe, size, load = point.row["configuration"].split(", ")
+        x, y = 1e3 * point.seconds, 1e3 * point.predicted
+        across = [1e3 * float(point.row[end]) for end in ("least", "most")]
+        up = [1e3 * min(point.single), 1e3 * max(point.single)]
+        color = {"tiny": "C0", "small": "C1"}[size]
+        axes.plot(across, (y, y), (x, x), up, color=color, linewidth=0.8)
+        axes.plot(x, y, "o", color=color, markersize=4)
+        right = place % 2 == 1
         axes.annotate(
-            name, (1e3 * point.seconds, 1e3 * point.predicted), fontsize=7, color="0.25", textcoords="offset points",
-            xytext=(8, -9) if place % 2 else (-8, 6), ha="left" if place % 2 else "right",
+            f"{recipe}, {load}", (x, y), fontsize=7, color="0.25", textcoords="offset points",
+            xytext=(10, -11) if right else (-10, 7), ha="left" if right else "right",
         )  # fmt: skip
-    machine, date = found[0].row["machine"].split(";")[0], found[0].row["date"]
-    axes.set(
-        xscale="log", yscale="log", xlim=line, ylim=line, aspect="equal", xlabel="measured ms of a step (bar: range)",
-        ylabel="predicted ms", title=f"Cost model against {machine}, {date}",
-    )  # fmt: skip
+    for size, color in (("tiny", "C0"), ("small", "C1")):
+        axes.plot([], [], "o", color=color, markersize=4, label=f"size {size}")
+    machine, date = found[0].row["machine"].split(",")[0], found[0].row["date"]
+    axes.set(xscale="log", yscale="log", xlim=line, ylim=line, aspect="equal")
+    axes.set(title=f"A training step: cost model and {machine}, one thread, {date}")
+    axes.set(xlabel="measured, ms (bar: range of steps)", ylabel="predicted, ms (bar: range of calibrations)")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(ticks, [str(tick) for tick in ticks])
+        axis.set_ticks([], minor=True)
     axes.legend(loc="upper left", frameon=False)
     figure.savefig(path, dpi=130)
 
@@ -553,6 +595,7 @@ def tables() -> dict[str, str]:
         **plan_tables(),
         "published": published_table(),
         "cpu": cpu_table(points()),
+        "rates": rates_table(),
     }
 
 

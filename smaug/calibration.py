@@ -7,6 +7,7 @@ a recipe.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -105,52 +106,79 @@ def _keys(p: Precision, way: Way, videos: int = 64, length: int = 64, heads: int
     return Piece("key", cost.attention(texts, rows, seen, width, heads, p, gathered=seen), look, (rows, 2 * width))
 
 
-def timed(piece: Piece, way: Way, seconds: float, now: Callable[[], float]) -> tuple[float, float]:
-    """Seconds of its forward and of its backward, medians. Before each something else uses the near cache, as in a
-    step: small operations then take half as long again, code and all."""
+def timed(piece: Piece, way: Way, seconds: float, now: Callable[[], float] = time.process_time) -> list[list[float]]:
+    """Seconds of its forwards and of its backwards. Before each something else uses the near cache, as in a step: small
+    operations then take half as long again, code and all."""
     x, other = torch.randn(piece.shape).to(way.dtype).requires_grad_(), torch.ones(NEAR // 4)
-    taken: list[tuple[float, float]] = []
+    taken: list[list[float]] = [[], []]
     began = now()
-    while len(taken) < 4 or now() - began < seconds:
+    while len(taken[0]) < 4 or now() - began < seconds:
         other.add_(1)
         begin = now()
         with way.autocast():  # casts weights once in each
             y = piece.function(x)
-        there, grad = now() - begin, torch.ones_like(y.detach())
+        taken[0].append(now() - begin)
+        grad = torch.ones_like(y.detach())
         other.add_(1)
         begin = now()
         y.backward(grad)
-        taken.append((there, now() - begin))
+        taken[1].append(now() - begin)
         x.grad = None
         if isinstance(piece.function, nn.Module):
             piece.function.zero_grad()
-    return median(there for there, _ in taken[1:]), median(back for _, back in taken[1:])
+    return [times[1:] for times in taken]
 
 
-def rates(
-    way: Way, seconds: float = 5.0, now: Callable[[], float] = time.perf_counter
-) -> dict[str, tuple[float, float]]:
-    """Seconds of one unit, forward and backward, in about so many seconds of the clock `now`."""
-    found: dict[str, tuple[float, float]] = {}
+def rates(way: Way, seconds: float = 5.0) -> dict[str, tuple[float, float]]:
+    """Seconds of one unit, forward and backward, measured in about so many seconds.
+
+    By what one thread gets of the processor, since what else the machine does would make more of a short clock's time;
+    with several threads all but what a call costs is divided by what they gain. So a run takes longer than told if
+    others use the machine, and no longer if they did meanwhile.
+    """
+    threads, found = torch.get_num_threads(), dict[str, tuple[float, float]]()
     todo = list(pieces(way))
-    for piece in todo:
-        each, known = timed(piece, way, seconds / (len(todo) + 1), now), cost.calibrated(piece.work, found)
-        units = cost.amounts(piece.work)[piece.tells]
-        there, back = (max(0.0, took - rest) / units for took, rest in zip(each, known, strict=True))
-        found[piece.tells] = there, back
-    return found | {"adamw": (0.0, _adamw(seconds / (len(todo) + 1), now))}
+    torch.set_num_threads(1)
+    try:
+        for piece in todo:
+            each, known = timed(piece, way, seconds / (len(todo) + 1)), cost.calibrated(piece.work, found)
+            units = cost.amounts(piece.work)[piece.tells]
+            there, back = (max(0.0, median(took) - rest) / units for took, rest in zip(each, known, strict=True))
+            found[piece.tells] = there, back
+        found["adamw"] = 0.0, _adamw(seconds / (len(todo) + 1))
+    finally:
+        torch.set_num_threads(threads)
+    if threads == 1:
+        return found
+    gain = _gain(way, threads, seconds / 5)
+    return {u: one if u in ("launch", "attention") else (one[0] / gain, one[1] / gain) for u, one in found.items()}
 
 
-def _adamw(seconds: float, now: Callable[[], float], numbers: int = 1 << 22) -> float:
+def _gain(way: Way, threads: int, seconds: float) -> float:
+    """How much faster so many threads are than one in the MLP of a block; the best of each, in turns."""
+    layers = nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128))
+    piece, best = Piece("", Work(), layers, (NUMBERS // 128, 128)), {1: math.inf, threads: math.inf}
+    try:
+        for _ in range(4):
+            for count in best:
+                torch.set_num_threads(count)
+                took = sum(min(times) for times in timed(piece, way, seconds / 8, time.perf_counter))
+                best[count] = min(best[count], took)
+    finally:
+        torch.set_num_threads(threads)
+    return max(1.0, best[1] / best[threads])
+
+
+def _adamw(seconds: float, numbers: int = 1 << 22) -> float:
     """Of one weight, with the norm of all gradients, as `Update` has it."""
     weights = [nn.Parameter(torch.zeros(numbers // 16)) for _ in range(16)]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     optimizer, taken = torch.optim.AdamW(weights, fused=True), list[float]()
-    began = now()
-    while len(taken) < 4 or now() - began < seconds:
-        before = now()
+    began = time.process_time()
+    while len(taken) < 4 or time.process_time() - began < seconds:
+        before = time.process_time()
         nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
         optimizer.step()
-        taken.append(now() - before)
+        taken.append(time.process_time() - before)
     return median(taken[1:]) / numbers

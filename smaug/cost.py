@@ -14,12 +14,13 @@ how far that is off where it can be checked.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Literal
@@ -618,25 +619,25 @@ def _plain(name: str) -> str:
     return name.casefold().strip().removeprefix("nvidia ").removeprefix("geforce ")
 
 
-def calibrate(way: Way, seconds: float = 5.0, now: Callable[[], float] = time.perf_counter) -> Device:
-    """This machine as it is now, by the clock `now`, in about so many seconds: with the rates of `smaug.calibration`,
-    or, on a GPU, of one product and one copy."""
-    flops = matrix_rate(way, now)
-    a = torch.ones(16 << 20, device=way.device)
-    b, best, began = torch.empty_like(a), 0.0, now()
-    while best == 0.0 or now() - began < 0.1:
-        before = now()
+@functools.cache  # a machine stays what it is
+def calibrate(way: Way, seconds: float = 5.0) -> Device:
+    """This machine, measured in about so many seconds, at least one: the rates of `smaug.calibration`, which set the
+    times on a CPU, and those of one product and one copy."""
+    a, best = torch.ones(16 << 20, device=way.device), 0.0
+    b = torch.empty_like(a)
+    for _ in range(4):
+        before = time.perf_counter()
         b.copy_(a)
         if way.device.type == "cuda":
             torch.cuda.synchronize()
-        best = max(best, 2 * a.nbytes / (now() - before))
+        best = max(best, 2 * a.nbytes / (time.perf_counter() - before))
     if way.device.type == "cuda":
         found = torch.cuda.get_device_properties(way.device)
-        return Device(found.name, flops, best, found.total_memory)
+        return Device(found.name, matrix_rate(way), best, found.total_memory)
     from smaug.calibration import rates  # it times what is counted here
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("this machine", flops, best, memory, rates=rates(way, seconds, now))
+    return Device("this machine", matrix_rate(way), best, memory, rates=rates(way, seconds))
 
 
 @dataclass(frozen=True)
