@@ -461,8 +461,8 @@ def calibrations() -> list[dict[str, tuple[float, float]]]:
 def points() -> list[Point]:
     """What was measured here, beside what the model makes of the rates of the same hour."""
     rows, rates = list(csv.DictReader(MEASURED.read_text().splitlines())), calibrations()
-    if not rows:
-        raise ValueError(f"{MEASURED} is empty; run with --measure")
+    if {row.get("configuration") for row in rows} != configurations().keys():
+        raise ValueError(f"{MEASURED} does not have the steps of `configurations`; run with --measure")
     found = []
     for row in rows:
         work = counted_here(row["configuration"], row["dtype"])
