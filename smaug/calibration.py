@@ -159,10 +159,10 @@ def _gain(way: Way, threads: int, seconds: float) -> float:
     layers = nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128))
     piece, best = Piece("", Work(), layers, (NUMBERS // 128, 128)), {1: math.inf, threads: math.inf}
     try:
-        for _ in range(4):
+        for _ in range(2):
             for count in best:
                 torch.set_num_threads(count)
-                took = sum(min(times) for times in timed(piece, way, seconds / 8, time.perf_counter))
+                took = sum(min(times) for times in timed(piece, way, seconds / 4, time.perf_counter))
                 best[count] = min(best[count], took)
     finally:
         torch.set_num_threads(threads)

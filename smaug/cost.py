@@ -7,9 +7,9 @@ touches everything once, and what the forward keeps for the backward. Nothing is
     memory(counted, Job(gpus=8))                        # bytes of one GPU
     step_time(counted, Load(pairs=128), Job(gpus=8), CLUSTERS["A100-80"])
 
-Times are predictions, from constants that this project has not measured on a GPU: EFFICIENCY, the share of the peak
-rate that products reach; LAUNCH, what the host needs to start a kernel; and the shares of links. docs/scaling.md says
-how far that is off where it can be checked.
+Times of GPUs are predictions, from constants that this project has not measured on a GPU: EFFICIENCY, the share of the
+peak rate that products reach; LAUNCH, what the host needs to start a kernel; and the shares of links. Those of a CPU
+are from rates that `calibrate` measures. docs/scaling.md says how far they are off where it can be checked.
 """
 
 from __future__ import annotations

@@ -232,7 +232,8 @@ def run(options: Options, size: str, command: str) -> int:
     if begins:  # refuses a start that does not fit before anything is written
         starts = pretrained.load_weights(scratch, recipe.model)
     parameters = sum(p.numel() for p in scratch.parameters())
-    seconds, why = predicted_seconds(recipe, steps, way, ranks, words, options.checkpoint_blocks)
+    vocabulary = max(words, recipe.data.vocabulary if recipe.data.manifest else 0)  # at most; the embedded set is small
+    seconds, why = predicted_seconds(recipe, steps, way, ranks, vocabulary, options.checkpoint_blocks)
     console.print(
         f"[bold]smaug {smaug.__version__}[/]  recipe {recipe.name}, size {size}, seed {recipe.seed}", markup=True
     )
@@ -455,13 +456,12 @@ def predicted_seconds(
     """Of the first `steps` of a run's schedule, and what that is from. again: the backward computes blocks again."""
     pairs = max(1, recipe.data.batch // ranks)
     if way.device.type == "cuda":
-        called = torch.cuda.get_device_name(way.device)
-        gpu = cost.of_gpu(called)
+        gpu = cost.of_gpu(torch.cuda.get_device_name(way.device))
         whose = "of its data sheet" if gpu else "of a product"
         gpu, share, launch = gpu or cost.calibrate(way), cost.EFFICIENCY, cost.LAUNCH
         why = f"a prediction, from counted FLOPs at {share:.0%} of the {gpu.flops / 1e12:.0f} TFLOP/s {whose}"
     else:
-        gpu, share, launch = cost.calibrate(way, seconds=0.7), 1.0, 0.0
+        gpu, share, launch = cost.calibrate(way, seconds=0.5), 1.0, 0.0
         why = "counted operations at the rates of this machine, if it does nothing else"
     bf16 = cost.BF16_GPU if way.device.type == "cuda" else cost.BF16_CPU
     precision = cost.FP32 if way.dtype == torch.float32 else bf16
