@@ -61,7 +61,7 @@ class Work:
     launches: float = 0.0  # kernels that eager PyTorch would start, forward and backward
     # What takes time on a CPU, in the units of `Device.rates`. "bytes" are those of the bytes above that are in another
     # unit here; the rest is "moved".
-    amounts: Mapping[str, float] = field(default_factory=dict)
+    amounts: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __add__(self, other: Work) -> Work:
         return total([self, other])
@@ -572,7 +572,7 @@ class Device:
     memory: float  # bytes
     driver: tuple[str, ...] = ()  # what its driver calls it, without NVIDIA and GeForce
     # Seconds of one unit of `Work.amounts`, forward and backward, if it is calibrated. Then nothing else sets the time.
-    rates: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    rates: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
 
 
 # From NVIDIA's data sheets and architecture white papers; rates "with sparsity" are halved. `find_device` takes the
