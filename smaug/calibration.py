@@ -132,9 +132,9 @@ def timed(piece: Piece, way: Way, seconds: float, now: Callable[[], float] = tim
 def rates(way: Way, seconds: float = 5.0) -> dict[str, tuple[float, float]]:
     """Seconds of one unit, forward and backward, measured in about so many seconds.
 
-    By what one thread gets of the processor, since what else the machine does would make more of a short clock's time;
-    with several threads all but what a call costs is divided by what they gain. So a run takes longer than told if
-    others use the machine, and no longer if they did meanwhile.
+    By what one thread gets of the processor: by the clock, two threads whose cores others use were told from 5 to 160 s
+    for the same 20 steps. What others take of caches and memory still shows, a third more or so. With several threads
+    all but what a call costs is divided by what they gain.
     """
     threads, found = torch.get_num_threads(), dict[str, tuple[float, float]]()
     todo = list(pieces(way))
