@@ -462,7 +462,7 @@ def predicted_seconds(
         why = f"a prediction, from counted FLOPs at {share:.0%} of the {gpu.flops / 1e12:.0f} TFLOP/s {whose}"
     else:
         gpu, share, launch = cost.calibrate(way, seconds=0.5), 1.0, 0.0
-        why = "counted operations at the rates of this machine, if it does nothing else"
+        why = "counted operations, at rates measured just now"
     bf16 = cost.BF16_GPU if way.device.type == "cuda" else cost.BF16_CPU
     precision = cost.FP32 if way.dtype == torch.float32 else bf16
     each = []
