@@ -1,6 +1,6 @@
 """The cost model's tables: what many GPUs would do, and how far the model is off where it can be checked.
 
-    python -m benchmarks.scaling              # renews the tables of docs/scaling.md, and prints them
+    python -m benchmarks.scaling              # renews the tables of docs/scaling.md and docs/cost_on_cpu.png
     python -m benchmarks.scaling --measure    # first times steps on this machine, one thread, for the last table
 
 Every table but those of what was measured is a prediction: arithmetic of smaug/cost.py on data sheets.
@@ -13,7 +13,7 @@ import io
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -22,105 +22,95 @@ import torch
 import tyro
 
 from benchmarks.bench_train_step import VOCABULARY, batch_of
-from smaug import cost, device
+from smaug import calibration, cost, device
 from smaug.cost import BF16_CPU, CLUSTERS, FP32, RAW, REENCODED, Clips, Device, Job, Load, Work
-from smaug.optim import adamw
+from smaug.optim import Update
 from smaug.recipe import Recipe, load
 from smaug.run import build, refuse, write
 from smaug.step import training_step
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, MEASURED = ROOT / "docs/scaling.md", ROOT / "benchmarks/results/cost_on_cpu.csv"
+PAGE, PICTURE = ROOT / "docs/scaling.md", ROOT / "docs/cost_on_cpu.png"
+MEASURED, CALIBRATED = (ROOT / f"benchmarks/results/cost_on_cpu{what}.csv" for what in ("", "_rates"))
+BAND = 0.15  # median error that the model may have on this CPU
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
 class Options:
     measure: bool = False  # time the steps again
-    rounds: int = 9  # of the interleaved steps; the median counts
+    rounds: int = 9  # of the interleaved steps and calibrations; medians count
+    seconds: float = 5.0  # of each calibration
 
 
 # --- what is measured here --------------------------------------------------------------------------------------------
 
 
 def configurations() -> dict[str, tuple[Recipe, int]]:
-    """Name -> recipe and pairs. The first one sets the share of the peak that the others are predicted with."""
-    smaug, small = load("smaug"), load("smaug", "small")
-    coarse = replace(smaug.model.video, patch=16)
+    """Name -> recipe and pairs."""
+    smaug, mac = load("smaug"), load("mac")
     return {
         "dense, tiny, 32 pairs": (load("dense"), 32),
         "smaug, tiny, 32 pairs": (smaug, 32),
         "smaug, tiny, 128 pairs": (smaug, 128),
-        "smaug, tiny, patches of 16": (replace(smaug, model=replace(smaug.model, video=coarse)), 64),
-        "mac, tiny, 64 pairs": (load("mac"), 64),
+        "smaug, tiny, patches of 16": (with_video(smaug, patch=16), 64),
+        "smaug, tiny, 16 frames": (with_video(smaug, frames=16), 32),
+        "mac, tiny, 64 pairs": (mac, 64),
+        "mac, tiny, 16 frames": (with_video(mac, frames=16), 32),
         "singularity, tiny, 64 pairs": (load("singularity"), 64),
         "retrieval, tiny, 32 pairs": (load("retrieval"), 32),
-        "smaug, small, 2 pairs": (small, 2),
+        "qa, tiny, 32 pairs": (load("qa"), 32),
+        "mc, tiny, 16 pairs": (load("mc"), 16),
+        "smaug, small, 2 pairs": (load("smaug", "small"), 2),
         "dense, small, 1 pair": (load("dense", "small"), 1),
+        "mac, small, 2 pairs": (load("mac", "small"), 2),
+        "singularity, small, 4 pairs": (load("singularity", "small"), 4),
     }
 
 
-def matrix_rate(way: device.Way) -> float:
-    """FLOP/s of products of 1024 x 1024, of processor time."""
-    a, count = torch.randn(1024, 1024, dtype=way.dtype), 4
-    a @ a
-    before = time.process_time()
-    for _ in range(count):
-        a @ a
-    return count * 2 * len(a) ** 3 / (time.process_time() - before)
+def with_video(recipe: Recipe, **changed: int) -> Recipe:
+    return replace(recipe, model=replace(recipe.model, video=replace(recipe.model.video, **changed)))
 
 
-def copy_rate() -> float:
-    """Bytes a second that a copy of 128 MB reads and writes; the best of a few."""
-    a, best = torch.ones(32 << 20), 0.0
-    b = torch.empty_like(a)
-    for _ in range(5):
-        before = time.process_time()
-        b.copy_(a)
-        best = max(best, 2 * a.nbytes / (time.process_time() - before))
-    return best
-
-
-def measure(rounds: int) -> list[dict[str, str]]:
-    """Steps of all configurations, interleaved, forward to AdamW, in bf16 where the processor has it. Seconds are of
-    the processor, not of the clock: others may use the machine too."""
+def measure(options: Options) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """Steps of all configurations, forward to AdamW, in bf16 where the processor has it, and the rates of as many
+    calibrations, all interleaved. Each has a few steps at a time, the first of them not timed: a run repeats its step,
+    and what the library has made for these shapes is there. Seconds are of the processor, since others use it too."""
     torch.set_num_threads(1)
     way = device.choose(True, "cpu")
-    steps: dict[str, Callable[[], float]] = {}
-    for name, (recipe, pairs) in configurations().items():
-        steps[name] = stepper(recipe, pairs, way)
+    steps = {name: stepper(recipe, pairs, way) for name, (recipe, pairs) in configurations().items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    rates = []
-    for number in range(rounds + 2):
-        rates.append((matrix_rate(way), copy_rate()))
+    rates: list[dict[str, object]] = []
+    for number in range(1, options.rounds + 1):
         for name, step in steps.items():
-            seconds = step()
-            if number >= 2:  # the heap has grown and pages have been touched
-                times[name].append(seconds)
-    machine = device.describe(way.device)
-    rate, copied = (max(r[i] for r in rates) for i in (0, 1))
-    return [
+            times[name] += [step() for _ in range(4)][1:]
+        rates += [
+            {"calibration": number, "unit": unit, "forward": f"{there:.4g}", "backward": f"{back:.4g}"}
+            for unit, (there, back) in calibration.rates(way, options.seconds).items()
+        ]
+        print(f"round {number} of {options.rounds}", file=sys.stderr)
+    rows: list[dict[str, object]] = [
         {
-            "configuration": name, "seconds": f"{median(times[name]):.5f}", "least": f"{min(times[name]):.5f}",
-            "most": f"{max(times[name]):.5f}", "matrix_rate": f"{rate:.4g}", "copy_rate": f"{copied:.4g}",
-            "dtype": str(way.dtype).removeprefix("torch."), "machine": machine, "date": time.strftime("%Y-%m-%d"),
+            "configuration": name, "seconds": f"{median(took):.5f}", "least": f"{min(took):.5f}",
+            "most": f"{max(took):.5f}", "dtype": str(way.dtype).removeprefix("torch."),
+            "machine": device.describe(way.device), "date": time.strftime("%Y-%m-%d"),
         }
-        for name in steps
+        for name, took in times.items()
     ]  # fmt: skip
+    return rows, rates
 
 
 def stepper(recipe: Recipe, pairs: int, way: device.Way) -> Callable[[], float]:
     torch.manual_seed(0)
     model, batch = build(recipe, VOCABULARY, way.impl), batch_of(recipe, pairs, way.device)
-    optimizer = adamw(model, recipe.optim)
+    update = Update(model, recipe.optim)
 
     def step() -> float:
         before = time.process_time()
         with way.autocast():
             loss = training_step(model, recipe, batch)[0]
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update(batch.step)
         return time.process_time() - before
 
     return step
@@ -430,59 +420,163 @@ def published_table() -> str:
 # --- the model against this machine -----------------------------------------------------------------------------------
 
 
-def counted_here(name: str, dtype: str) -> dict[str, Work]:
+@dataclass(frozen=True)
+class Point:
+    """A configuration as it was measured and as it is told; seconds."""
+
+    row: dict[str, str]
+    work: Work
+    predicted: float  # with the medians of all calibrations
+    single: tuple[float, ...]  # with each of them alone, as a user has it
+
+    @property
+    def seconds(self) -> float:
+        return float(self.row["seconds"])
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.seconds - 1
+
+
+def counted_here(name: str, dtype: str) -> Work:
     recipe, pairs = configurations()[name]
     batch = batch_of(recipe, pairs, torch.device("cpu"))
+    words, masked = batch.words, 0 if batch.masked is None else len(batch.masked_rows)
+    load = Load(pairs, words=words.rows / words.num_sequences, masked=masked / pairs)
     precision = BF16_CPU if dtype == "bfloat16" else FP32
-    each = Load(pairs, words=batch.words.rows / pairs, masked=len(batch.masked_rows) / pairs)
-    return cost.parts(recipe, each, vocabulary=VOCABULARY, precision=precision)
+    return cost.total(cost.parts(recipe, load, vocabulary=VOCABULARY, precision=precision).values())
 
 
-def here(counted: dict[str, Work], cpu: Device, efficiency: float, launch: float) -> float:
-    """On a CPU nobody starts kernels ahead, so their overhead adds up."""
-    return sum(cost.computing(counted, cpu, Job(), efficiency)) + launch * cost.total(counted.values()).launches
+def calibrations() -> list[dict[str, tuple[float, float]]]:
+    """Those that are kept, each by unit; before them their medians."""
+    single: dict[str, dict[str, tuple[float, float]]] = {}
+    for row in csv.DictReader(CALIBRATED.read_text().splitlines()):
+        single.setdefault(row["calibration"], {})[row["unit"]] = float(row["forward"]), float(row["backward"])
+    if not single:
+        raise ValueError(f"{CALIBRATED} is empty; run with --measure")
+    each = list(single.values())
+    return [{u: (median(one[u][0] for one in each), median(one[u][1] for one in each)) for u in each[0]}, *each]
 
 
-def fitted(first: tuple[dict[str, Work], float], second: tuple[dict[str, Work], float], cpu: Device) -> list[float]:
-    """Share of the peak and seconds an operation, from two configurations: by bisection, in turns."""
-    launch, low = 0.0, 0.0
-    for _ in range(15):
-        low, high = 1e-3, 10.0
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (middle, high) if here(first[0], cpu, middle, launch) > first[1] else (low, middle)
-        operations = cost.total(second[0].values()).launches
-        launch = max(0.0, (second[1] - here(second[0], cpu, low, 0.0)) / operations)
-    return [low, launch]
+def points() -> list[Point]:
+    """What was measured here, beside what the model makes of the rates of the same hour."""
+    rows, rates = list(csv.DictReader(MEASURED.read_text().splitlines())), calibrations()
+    if {row.get("configuration") for row in rows} != configurations().keys():
+        raise ValueError(f"{MEASURED} does not have the steps of `configurations`; run with --measure")
+    found = []
+    for row in rows:
+        work = counted_here(row["configuration"], row["dtype"])
+        told, *each = (sum(cost.calibrated(work, one)) for one in rates)
+        found.append(Point(row, work, told, tuple(each)))
+    return found
 
 
-def cpu_table() -> str:
-    with open(MEASURED, newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows:
-        raise ValueError(f"{MEASURED} is empty; run with --measure")
-    dtype = rows[0]["dtype"]
-    cpu = Device("this CPU", float(rows[0]["matrix_rate"]), float(rows[0]["copy_rate"]), 0.0)
-    counted = [counted_here(row["configuration"], dtype) for row in rows]
-    seconds = [float(row["seconds"]) for row in rows]
-    efficiency, launch = fitted((counted[0], seconds[0]), (counted[1], seconds[1]), cpu)
-    body: list[list[object]] = []
-    for number, (row, works, took) in enumerate(zip(rows, counted, seconds, strict=True)):
-        predicted, whole = here(works, cpu, efficiency, launch), cost.total(works.values())
-        body.append(
-            [
-                row["configuration"], f"{whole.step_flops / 1e9:.1f}", f"{whole.launches:.0f}",
-                f"{1e3 * took:.0f} ({1e3 * float(row['least']):.0f} to {1e3 * float(row['most']):.0f})",
-                f"{1e3 * predicted:.0f}", f"{predicted / took - 1:+.0%}" if number > 1 else "fitted",
-            ]
-        )  # fmt: skip
-    table = rows_of("| step | GFLOP | operations | measured ms (range) | prediction ms | off by |", body)
+def median_error(found: list[Point]) -> float:
+    return median(abs(point.error) for point in found)
+
+
+def ms_range(seconds: float, each: Iterable[float]) -> str:
+    each = list(each)
+    return f"{1e3 * seconds:.0f} ({1e3 * min(each):.0f} to {1e3 * max(each):.0f})"
+
+
+def cpu_table(found: list[Point]) -> str:
+    body: list[list[object]] = [
+        [
+            point.row["configuration"], f"{point.work.step_flops / 1e9:.1f}", f"{point.work.launches:.0f}",
+            ms_range(point.seconds, (float(point.row["least"]), float(point.row["most"]))),
+            ms_range(point.predicted, point.single), f"{point.error:+.0%}",
+        ]
+        for point in found
+    ]  # fmt: skip
+    table = rows_of(
+        "| step | GFLOP | operations | measured ms (range) | prediction ms (by single calibrations) | off by |", body
+    )
+    row = found[0].row
+    off = [median(abs(point.single[i] / point.seconds - 1) for point in found) for i in range(len(found[0].single))]
     said = (
-        f"Measured {rows[0]['date']} on {rows[0]['machine']}; {dtype} products reach {cpu.flops / 1e9:.0f} "
-        f"GFLOP/s, a copy {cpu.bandwidth / 1e9:.0f} GB/s. The first two steps set the share of the "
-        f"peak, {efficiency:.0%}, and {1e6 * launch:.0f} us an operation."
+        f"Measured {row['date']} on {row['machine']}; {row['dtype']}. **Median error {median_error(found):.0%}, at "
+        f"most {max(abs(point.error) for point in found):.0%}** with the medians of {len(off)} calibrations; with a "
+        f"single one the median error is {min(off):.0%} to {max(off):.0%}."
     )
     return f"{table}\n\n{said}"
+
+
+UNITS = {
+    "launch": "an operation, whatever it does, when something else has used the cache",
+    "moved": "a byte of rows that are picked, or added in the backward",
+    "sum": "a number of x + y",
+    "gelu": "a number",
+    "norm": "a number of a LayerNorm",
+    "weight": "a weight that is cast to bf16, and its gradient that is cast back",
+    "product": "a FLOP of a linear layer, by the narrower side of its weight",
+    "pixel": "a pixel's channel, from uint8 to what is embedded or rebuilt",
+    "attention": "a call",
+    "attention 32": "a row and head of width 32, by the keys it looks at",
+    "attention 64": "a row and head of width 64",
+    "key": "a number of keys that are picked for a text, and as many of values",
+    "adamw": "a weight, with the norm of all gradients",
+}
+
+
+def nanoseconds(seconds: float) -> str:
+    return f"{1e9 * seconds:,.0f}" if seconds > 1e-7 else f"{1e9 * seconds:.3g}"
+
+
+def rates_table() -> str:
+    """Units of one kind stand in one row."""
+    kinds: dict[str, dict[str, tuple[float, float]]] = {}
+    for unit, rate in calibrations()[0].items():
+        kind, _, size = unit.partition(" x ") if " x " in unit else unit.partition(" ")
+        kinds.setdefault(kind, {})[size] = rate
+    body: list[list[object]] = [
+        [
+            kind, UNITS[kind], ", ".join(sizes) if len(sizes) > 1 else "",
+            *(", ".join(nanoseconds(rate[i]) for rate in sizes.values()) for i in (0, 1)),
+        ]
+        for kind, sizes in kinds.items()
+    ]  # fmt: skip
+    return rows_of("| unit | what one is | at | forward ns | backward ns |", body)
+
+
+def draw(found: list[Point], path: Path) -> None:
+    """Predicted against measured, and the band that the model has to keep in the median."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("the picture needs matplotlib: pip install -c constraints.txt -e '.[plots]'") from None
+    figure = Figure(figsize=(7, 6.6), layout="constrained")
+    axes = figure.subplots()
+    each = [1e3 * x for point in found for x in (point.seconds, point.predicted)]
+    line = [min(each) / 2, max(each) * 2]
+    ticks = [x for x in (digit * 10**power for power in range(5) for digit in (1, 2, 5)) if line[0] <= x <= line[1]]
+    axes.plot(line, line, color="0.5", linewidth=1)
+    low, high = ([(1 + off) * x for x in line] for off in (-BAND, BAND))
+    axes.fill_between(line, low, high, color="0.9", label=f"within {BAND:.0%}")
+    for place, point in enumerate(sorted(found, key=lambda point: point.seconds)):
+        recipe, size, load = point.row["configuration"].split(", ")
+        x, y = 1e3 * point.seconds, 1e3 * point.predicted
+        across = [1e3 * float(point.row[end]) for end in ("least", "most")]
+        up = [1e3 * min(point.single), 1e3 * max(point.single)]
+        color = {"tiny": "C0", "small": "C1"}[size]
+        axes.plot(across, (y, y), (x, x), up, color=color, linewidth=0.8)
+        axes.plot(x, y, "o", color=color, markersize=4)
+        right = place % 2 == 1
+        axes.annotate(
+            f"{recipe}, {load}", (x, y), fontsize=7, color="0.25", textcoords="offset points",
+            xytext=(10, -11) if right else (-10, 7), ha="left" if right else "right",
+        )  # fmt: skip
+    for size, color in (("tiny", "C0"), ("small", "C1")):
+        axes.plot([], [], "o", color=color, markersize=4, label=f"size {size}")
+    machine, date = found[0].row["machine"].split(",")[0], found[0].row["date"]
+    axes.set(xscale="log", yscale="log", xlim=line, ylim=line, aspect="equal")
+    axes.set(title=f"A training step: cost model and {machine}, one thread, {date}")
+    axes.set(xlabel="measured, ms (bar: range of steps)", ylabel="predicted, ms (bar: range of calibrations)")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks(ticks, [str(tick) for tick in ticks])
+        axis.set_ticks([], minor=True)
+    axes.legend(loc="upper left", frameon=False)
+    figure.savefig(path, dpi=130)
 
 
 def tables() -> dict[str, str]:
@@ -500,7 +594,8 @@ def tables() -> dict[str, str]:
         "shard": shard_table(),
         **plan_tables(),
         "published": published_table(),
-        "cpu": cpu_table(),
+        "cpu": cpu_table(points()),
+        "rates": rates_table(),
     }
 
 
@@ -517,16 +612,22 @@ def renewed(page: str, found: dict[str, str]) -> str:
 def main() -> int:
     options = tyro.cli(Options, description=__doc__)
     try:
+        if options.rounds < 1 or options.seconds <= 0:
+            raise ValueError("--rounds must be at least 1, --seconds above 0")
         if options.measure:
-            rows, lines = measure(options.rounds), io.StringIO()
-            writer = csv.DictWriter(lines, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write(MEASURED, lines.getvalue())
+            for path, rows in zip((MEASURED, CALIBRATED), measure(options), strict=True):
+                lines = io.StringIO()
+                writer = csv.DictWriter(lines, rows[0].keys(), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+                write(path, lines.getvalue())
         found = tables()
         write(PAGE, renewed(PAGE.read_text(), found))
+        draw(points(), PICTURE)
     except (ValueError, OSError) as error:
         return refuse(error)
+    except KeyboardInterrupt:
+        return 130
     for name, table in found.items():
         print(f"\n{name}\n\n{table}")
     return 0

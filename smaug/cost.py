@@ -7,20 +7,32 @@ touches everything once, and what the forward keeps for the backward. Nothing is
     memory(counted, Job(gpus=8))                        # bytes of one GPU
     step_time(counted, Load(pairs=128), Job(gpus=8), CLUSTERS["A100-80"])
 
-Times are predictions, from constants that this project has not measured on a GPU: EFFICIENCY, the share of the peak
-rate that products reach; LAUNCH, what the host needs to start a kernel; and the shares of links. docs/scaling.md says
-how far that is off where it can be checked.
+Times of GPUs are predictions, from constants that this project has not measured on a GPU: EFFICIENCY, the share of the
+peak rate that products reach; LAUNCH, what the host needs to start a kernel; and the shares of links. Those of a CPU
+are from rates that `calibrate` measures. docs/scaling.md says how far they are off where it can be checked.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
+import os
+import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Literal
 
+import torch
+
+from smaug.device import Way, matrix_rate
+from smaug.masks import TextMask, VideoMask
 from smaug.model.decoder import DecoderConfig
+from smaug.model.frame_selector import FrameSelectorConfig
 from smaug.model.fusion import FusionConfig
-from smaug.model.video_encoder import VideoEncoderConfig
+from smaug.model.video_encoder import PruneConfig, VideoEncoderConfig
 from smaug.objectives.answer import Answer
 from smaug.objectives.mc import Mc
 from smaug.objectives.mlm import Mlm
@@ -47,6 +59,9 @@ class Work:
     enters: float = 0.0  # bytes of a block's input, all that is kept where the backward computes the block again
     twice: float = 0.0  # weights of a block that runs in two pieces, for each of which FSDP2 gathers them
     launches: float = 0.0  # kernels that eager PyTorch would start, forward and backward
+    # What takes time on a CPU, in the units of `Device.rates`. "bytes" are those of the bytes above that are in another
+    # unit here; the rest is "moved".
+    amounts: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __add__(self, other: Work) -> Work:
         return total([self, other])
@@ -57,8 +72,11 @@ class Work:
 
 
 def total(works: Iterable[Work]) -> Work:
-    each = [vars(work).values() for work in works]
-    return Work(*map(sum, zip(*each, strict=True)))
+    works, amounts = list(works), Counter[str]()
+    for work in works:
+        amounts.update(work.amounts)
+    sums = {f.name: sum(getattr(work, f.name) for work in works) for f in fields(Work) if f.name != "amounts"}
+    return Work(**sums, amounts=amounts)
 
 
 @dataclass(frozen=True)
@@ -97,12 +115,34 @@ class Load:
 
 # --- operations -------------------------------------------------------------------------------------------------------
 
+# Sizes at which a calibrated device has a rate; between two of them it is a mean of both, by the logarithm.
+WIDTHS = 64, 128, 384, 768  # narrower side of a weight
+LENGTHS = 8, 16, 32, 64, 128, 256  # keys of a query
+HEADS = 32, 64  # width of a head
+
+
+def between(at: float, points: tuple[int, ...]) -> dict[int, float]:
+    """The points on both sides of `at` and their weights; beyond the ends the last one alone."""
+    at = min(max(at, points[0]), points[-1])
+    low, high = next((a, b) for a, b in itertools.pairwise(points) if at <= b)
+    weight = math.log(at / low) / math.log(high / low)
+    return {low: 1 - weight, high: weight}
+
+
+def product(flops: float, width: float) -> dict[str, float]:
+    return {f"product {at}": flops * share for at, share in between(width, WIDTHS).items()}
+
+
+def counting(work: Work, **amounts: float) -> Work:
+    """`work`, all of whose bytes and FLOPs are in these amounts."""
+    return replace(work, amounts={**work.amounts, **amounts, "bytes": work.bytes + work.backward_bytes})
+
 
 def linear(rows: float, fan_in: int, fan_out: int, p: Precision, *, keeps: bool = True) -> Work:
     """rows x fan_in @ fan_in x fan_out. keeps: its input is kept here, and not by who made it."""
     flops, weights = 2.0 * rows * fan_in * fan_out, fan_in * fan_out
     cast = (4 + p.stream) * weights if p.copies else 0
-    return Work(
+    work = Work(
         flops=flops,
         backward_flops=2 * flops,
         bytes=p.stream * (rows * (fan_in + fan_out) + weights) + cast,
@@ -112,32 +152,38 @@ def linear(rows: float, fan_in: int, fan_out: int, p: Precision, *, keeps: bool 
         weights=weights + fan_out,
         launches=8 if p.copies else 4,
     )
+    return counting(work, weight=weights, **product(3 * flops, min(fan_in, fan_out)))
 
 
 def norm(rows: float, width: int, p: Precision) -> Work:
-    return Work(
+    work = Work(
         bytes=2 * p.stream * rows * width,
         backward_bytes=3 * p.stream * rows * width,
         saved=p.norm * rows * width + 8 * rows,  # and mean and deviation
         weights=2 * width,
         launches=2,
     )
+    return counting(work, norm=rows * width)
 
 
 def pointwise(numbers: float, p: Precision, *, reads: int = 1, keeps: bool = False) -> Work:
     """GELU (reads 1, keeps its input), a sum (reads 2)."""
-    return Work(
+    work = Work(
         bytes=p.stream * numbers * (reads + 1),
         backward_bytes=p.stream * numbers * (2 + keeps),
         saved=p.stream * numbers * keeps,
         launches=2,
     )
+    return counting(work, **{"gelu" if keeps else "sum": numbers})
 
 
-def attention(queries: float, keys: float, pairs: float, width: int, heads: int, p: Precision) -> Work:
-    """pairs: of a query with a key, summed over sequences. q, k and v are kept by who made them, o by who reads it."""
+def attention(
+    queries: float, keys: float, pairs: float, width: int, heads: int, p: Precision, *, gathered: float = 0.0
+) -> Work:
+    """pairs: of a query with a key, summed over sequences. q, k and v are kept by who made them, o by who reads it.
+    gathered: rows of keys, if those of one sequence are read by several of queries, each time they are read."""
     flops, q, k = 4.0 * width * pairs, p.stream * queries * width, p.stream * keys * width
-    return Work(
+    work = Work(
         flops=flops,
         backward_flops=2.5 * flops,  # five products for two: logits are computed again
         attention_flops=flops,
@@ -146,6 +192,14 @@ def attention(queries: float, keys: float, pairs: float, width: int, heads: int,
         saved=4 * queries * heads,
         launches=4,
     )
+    rows, length = queries if gathered else (queries + keys) / 2, pairs / queries
+    rows *= heads * max(1.0, length / LENGTHS[-1])
+    amounts = {
+        f"attention {e} x {n}": rows * share * part
+        for e, share in between(width / heads, HEADS).items()
+        for n, part in between(length, LENGTHS).items()
+    }
+    return counting(work, attention=1, key=gathered * width, **amounts)
 
 
 def mlp(rows: float, width: int, ratio: float, p: Precision) -> Work:
@@ -180,14 +234,14 @@ def block(rows: float, pairs: float, width: int, heads: int, ratio: float, p: Pr
 
 
 def cross_attention(
-    rows: float, keys: float, pairs: float, width: int, key_width: int, heads: int, p: Precision
+    rows: float, keys: float, pairs: float, width: int, key_width: int, heads: int, p: Precision, gathered: float
 ) -> Work:
     """Its keys and values are projected here, from an input that others keep."""
     return total(
         [
             norm(rows, width, p), linear(rows, width, width, p), kept(rows * width, p),
             linear(keys, key_width, 2 * width, p, keeps=False), kept(2 * keys * width, p),
-            attention(rows, keys, pairs, width, heads, p), linear(rows, width, width, p),
+            attention(rows, keys, pairs, width, heads, p, gathered=gathered), linear(rows, width, width, p),
             pointwise(rows * width, p, reads=2),
         ]
     )  # fmt: skip
@@ -211,6 +265,7 @@ def parts(recipe: Recipe, load: Load, *, vocabulary: int = 30522, precision: Pre
                 saved=12 * rows,
                 weights=(vocabulary + text.max_words) * width,
                 launches=25,
+                amounts={"weight": vocabulary * width, "bytes": 4 * vocabulary * width},
             ),
             norm(rows, width, p),  # behind the words in BERT, at the end elsewhere
             kept(rows * width, p),  # what it gives is read by the fusion encoder and the heads
@@ -224,7 +279,7 @@ def parts(recipe: Recipe, load: Load, *, vocabulary: int = 30522, precision: Pre
         found |= {f"{name} {part}": work for part, work in _head(objective, recipe, load, video, vocabulary, p)}
     weights = sum(work.weights for work in found.values())
     # AdamW reads and writes weight and both moments and reads the gradient, once more for its norm
-    found["optimiser"] = Work(backward_bytes=4 * 8 * weights)
+    found["optimiser"] = counting(Work(backward_bytes=4 * 8 * weights), adamw=weights)
     return found
 
 
@@ -258,6 +313,7 @@ def _video(recipe: Recipe, load: Load, p: Precision) -> _Video:
             saved=4 * kept_rows,
             weights=(table + 1) * width + (video.patches + video.times(video.frames) + 1) * width,
             launches=30,  # with the mask
+            amounts={"pixel": kept_rows * pixels, **product(2 * embed, width)},
         )
     }
     if video.norm_before:
@@ -364,21 +420,24 @@ def _fusion(
         yield "frame selector", Work(weights=(model.video.width + width + 2) * model.selector.width)
     yield from _crossing(
         "fusion block", model.fusion, width, model.video.width, first=(sum(read), sum(read_pairs)), rows=(rows, pairs),
-        asked=asked, keys=video.sequences * video.tokens, seen=frames * video.tokens, p=p,
+        asked=asked, keys=video.sequences * video.tokens, seen=frames * video.tokens,
+        texts=sum(count for _, count, _ in fused), p=p,
     )  # fmt: skip
 
 
 def _crossing(
     name: str, config: FusionConfig, width: int, key_width: int, *, first: tuple[float, float],
-    rows: tuple[float, float], asked: float, keys: float, seen: float, p: Precision,
+    rows: tuple[float, float], asked: float, keys: float, seen: float, texts: float, p: Precision,
 ) -> Iterable[tuple[str, Work]]:  # fmt: skip
     """Blocks of `Fusion`. first and rows: words and pairs of words in the first block's self-attention, where each text
-    stands once, and in the others'; asked: rows that are read at the end; seen: keys that a word looks at."""
+    stands once, and in the others'; asked: rows that are read at the end; seen: keys that a word looks at; texts: how
+    many look."""
     for number in range(config.depth):
         own, pairs = rows if number else first
         looking = asked if number == config.depth - 1 else rows[0]
         work = self_attention(own, pairs, width, config.heads, p)
-        work += cross_attention(looking, keys, looking * seen, width, key_width, config.heads, p)
+        crossing = looking, keys, looking * seen, width, key_width, config.heads
+        work += cross_attention(*crossing, p, gathered=texts * seen)
         work += mlp(looking, width, config.mlp_ratio, p)
         yield f"{name} {number}", work + Work(enters=p.stream * (own + looking) * width, twice=work.weights)
     yield f"{name}s' norm", norm(asked, width, p) if config.norm == "pre" else Work()
@@ -427,11 +486,13 @@ def _head(
                     bytes=(8 + p.stream) * rows * width,
                     backward_bytes=4 * vocabulary * width,
                     weights=(vocabulary + model.text.max_words) * width,
+                    amounts={"weight": vocabulary * width, "bytes": 4 * vocabulary * width},
                 ),
             )
             yield from _crossing(
                 "block", config, width, width, first=(rows, rows * load.begun_words),
-                rows=(rows, rows * load.begun_words), asked=begun, keys=pairs * load.words, seen=load.words, p=p,
+                rows=(rows, rows * load.begun_words), asked=begun, keys=pairs * load.words, seen=load.words,
+                texts=begun, p=p,
             )  # fmt: skip
             yield "vocabulary", classes(begun, width, vocabulary, p)
     if isinstance(objective, Mvm):
@@ -496,7 +557,7 @@ def _decoder(
     yield "pixels", norm(asked, width, p) + linear(asked, width, pixels, p) + Work(
         bytes=(p.stream + 1 + 4) * asked * pixels, backward_bytes=(p.stream + 4) * asked * pixels,
         saved=4 * asked * pixels,  # the difference
-        launches=40,
+        launches=40, amounts={"pixel": asked * pixels},
     )  # fmt: skip
 
 
@@ -509,20 +570,74 @@ class Device:
     flops: float  # a second at most, dense bf16 products summed in fp32
     bandwidth: float  # of its memory, bytes a second
     memory: float  # bytes
+    driver: tuple[str, ...] = ()  # what its driver calls it, without NVIDIA and GeForce
+    # Seconds of one unit of `Work.amounts`, forward and backward, if it is calibrated. Then nothing else sets the time.
+    rates: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
 
 
-# From NVIDIA's data sheets and architecture white papers; rates "with sparsity" are halved.
+# From NVIDIA's data sheets and architecture white papers; rates "with sparsity" are halved. `find_device` takes the
+# first that fits.
 DEVICES = {
     device.name: device
     for device in [
-        Device("A6000", 154.8e12, 768e9, 48e9),  # RTX A6000; GA102 white paper, appendix A
-        Device("4090", 165.2e12, 1008e9, 24e9),  # GeForce RTX 4090; Ada white paper, appendix A
-        Device("A100-80", 312e12, 2039e9, 80e9),  # SXM; A100 data sheet
-        Device("L40S", 362e12, 864e9, 48e9),  # L40S data sheet: 362.05 | 733 with sparsity
-        Device("H100", 989.4e12, 3350e9, 80e9),  # SXM; H100 data sheet: 1,979 with sparsity
-        Device("B200", 2250e12, 7700e9, 180e9),  # HGX B200 data sheet: 4,500 with sparsity, 62 TB/s and 1.44 TB for 8
+        Device("A6000", 154.8e12, 768e9, 48e9, ("RTX A6000",)),  # GA102 white paper, appendix A
+        Device("3090", 71e12, 936e9, 24e9, ("RTX 3090",)),  # likewise
+        Device("4090", 165.2e12, 1008e9, 24e9, ("RTX 4090",)),  # Ada white paper, appendix A
+        Device("A100-80", 312e12, 2039e9, 80e9, ("A100-SXM4-80GB", "A100-SXM-80GB")),  # A100 data sheet
+        Device("A100-80 PCIe", 312e12, 1935e9, 80e9, ("A100 80GB PCIe",)),  # likewise
+        Device("A100-40", 312e12, 1555e9, 40e9, ("A100-SXM4-40GB", "A100-PCIE-40GB")),  # A100 white paper
+        Device("L40S", 362e12, 864e9, 48e9, ("L40S",)),  # L40S data sheet: 362.05 | 733 with sparsity
+        Device("H100", 989.4e12, 3350e9, 80e9, ("H100 80GB HBM3",)),  # SXM; H100 data sheet: 1,979 with sparsity
+        Device("H100 PCIe", 756e12, 2000e9, 80e9, ("H100 PCIe",)),  # H100 data sheet: 1,513 with sparsity
+        Device("H200", 989.4e12, 4800e9, 141e9, ("H200",)),  # H200 data sheet: 1,979 with sparsity
+        # HGX B200 data sheet: 4,500 with sparsity, 62 TB/s and 1.44 TB for 8
+        Device("B200", 2250e12, 7700e9, 180e9, ("B200",)),
     ]
 }
+
+
+def find_device(name: str) -> Device:
+    """By its name in DEVICES, with or without memory, or what its driver calls it; in any case of letters."""
+    asked = _plain(name)
+    for key, device in DEVICES.items():
+        if asked == key.casefold() or asked in map(str.casefold, device.driver):
+            return device
+    for key, device in DEVICES.items():
+        if key.casefold().startswith(f"{asked}-"):  # its memory is not said: the first has more
+            return device
+    near = get_close_matches(asked, [key.casefold() for key in DEVICES], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ValueError(f"there is no GPU {name!r} in the table of smaug.cost{hint} It knows {', '.join(DEVICES)}.")
+
+
+def of_gpu(called: str) -> Device | None:
+    """The device that a driver calls so (`torch.cuda.get_device_name`); none if DEVICES has no such name."""
+    return next((d for d in DEVICES.values() if _plain(called) in map(str.casefold, d.driver)), None)
+
+
+def _plain(name: str) -> str:
+    return name.casefold().strip().removeprefix("nvidia ").removeprefix("geforce ")
+
+
+@functools.cache  # a machine stays what it is
+def calibrate(way: Way, seconds: float = 5.0) -> Device:
+    """This machine, measured in about so many seconds, at least one: the rates of `smaug.calibration`, which set the
+    times on a CPU, and those of one product and one copy."""
+    a, best = torch.ones(16 << 20, device=way.device), 0.0
+    b = torch.empty_like(a)
+    for _ in range(4):
+        before = time.perf_counter()
+        b.copy_(a)
+        if way.device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * a.nbytes / (time.perf_counter() - before))
+    if way.device.type == "cuda":
+        found = torch.cuda.get_device_properties(way.device)
+        return Device(found.name, matrix_rate(way), best, found.total_memory)
+    from smaug.calibration import rates  # it times what is counted here
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device("this machine", matrix_rate(way), best, memory, rates=rates(way, seconds))
 
 
 @dataclass(frozen=True)
@@ -680,20 +795,38 @@ def computing(
     counted: Mapping[str, Work], device: Device, job: Job, efficiency: float = EFFICIENCY
 ) -> tuple[float, float, float]:
     """Seconds of forward, backward and optimiser: of each part the longer of what its products and what its bytes take
-    (roofline, Williams et al. 2009)."""
+    (roofline, Williams et al. 2009). On a calibrated device, which does one thing after the other, their sum, at rates
+    that were measured."""
 
     def roofline(flops: float, moved: float) -> float:
         return max(flops / (device.flops * efficiency), moved / device.bandwidth)
 
     forward = backward = optimiser = 0.0
     for name, work in counted.items():
-        if name == "optimiser":
-            optimiser = roofline(0.0, work.backward_bytes / (job.gpus if job.shard else 1))
-            continue
         again = job.checkpoint_blocks and work.enters > 0
-        forward += roofline(work.flops, work.bytes)
-        backward += roofline(work.backward_flops + again * work.flops, work.backward_bytes + again * work.bytes)
+        if device.rates:
+            there, back = calibrated(work, device.rates)
+            back += again * there
+        else:
+            there = roofline(work.flops, work.bytes)
+            back = roofline(work.backward_flops + again * work.flops, work.backward_bytes + again * work.bytes)
+        if name == "optimiser":
+            optimiser = back / (job.gpus if job.shard else 1)
+        else:
+            forward, backward = forward + there, backward + back
     return forward, backward, optimiser
+
+
+def amounts(work: Work) -> dict[str, float]:
+    """All that takes time on a CPU, in the units of `Device.rates`."""
+    moved = work.bytes + work.backward_bytes - work.amounts.get("bytes", 0.0)
+    return {**{k: n for k, n in work.amounts.items() if k != "bytes"}, "launch": work.launches, "moved": moved}
+
+
+def calibrated(work: Work, rates: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+    """Seconds of the forward and of the backward. What has no rate yet takes none."""
+    each = [(n, rates.get(unit, (0.0, 0.0))) for unit, n in amounts(work).items()]
+    return sum(n * there for n, (there, _) in each), sum(n * back for n, (_, back) in each)
 
 
 @dataclass(frozen=True)
@@ -758,6 +891,23 @@ def step_time(
     )
 
 
-def schedule(recipe: Recipe, load: Load, points: int = 20) -> list[Load]:
-    """The load at evenly spaced steps of a run: pruning warms up, and at the end nothing may be masked."""
-    return [replace(load, step=int(recipe.optim.steps * (i + 0.5) / points)) for i in range(points)]
+def schedule(recipe: Recipe, load: Load, points: int = 20, steps: int | None = None) -> list[Load]:
+    """The load at evenly spaced steps of a run, or of its first `steps`: pruning warms up, and at the end nothing may
+    be masked."""
+    steps = recipe.optim.steps if steps is None else steps
+    return [replace(load, step=int(steps * (i + 0.5) / points)) for i in range(points)]
+
+
+def dense(recipe: Recipe) -> Recipe:
+    """The baseline: the same with every patch, word and frame in it, and so without mvm, which rebuilds what is masked.
+    Words that mlm asks for stay [MASK]ed: that saves nothing."""
+    model = replace(
+        recipe.model, video=replace(recipe.model.video, prune=PruneConfig()), selector=FrameSelectorConfig(keep=0)
+    )
+    return replace(
+        recipe,
+        model=model,
+        video_mask=VideoMask(0.0, recipe.video_mask.kind),
+        text_mask=TextMask(0.0, recipe.text_mask.kind),
+        objectives={name: o for name, o in recipe.objectives.items() if not isinstance(o, Mvm)},
+    )

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 import smaug
-from smaug import checkpoint, device, distributed, graphs, pretrained
+from smaug import checkpoint, cost, device, distributed, graphs, pretrained
 from smaug import recipe as recipes
 from smaug.blocks import checkpoint_blocks, compile_blocks
 from smaug.data.clips import Clips
@@ -38,8 +38,6 @@ from smaug.model.fusion import FusionBlock
 from smaug.model.layers import Block
 from smaug.model.model import SIZES, Model, ModelConfig
 from smaug.objectives.answer import Answer
-from smaug.objectives.mlm import Mlm
-from smaug.objectives.vtm import Vtm
 from smaug.optim import Update
 from smaug.recipe import Recipe
 from smaug.run import (
@@ -234,7 +232,8 @@ def run(options: Options, size: str, command: str) -> int:
     if begins:  # refuses a start that does not fit before anything is written
         starts = pretrained.load_weights(scratch, recipe.model)
     parameters = sum(p.numel() for p in scratch.parameters())
-    seconds = predicted_seconds(scratch, recipe, steps, device.matrix_rate(way)) / ranks
+    vocabulary = max(words, recipe.data.vocabulary if recipe.data.manifest else 0)  # at most; the embedded set is small
+    seconds, why = predicted_seconds(recipe, steps, way, ranks, vocabulary, options.checkpoint_blocks)
     console.print(
         f"[bold]smaug {smaug.__version__}[/]  recipe {recipe.name}, size {size}, seed {recipe.seed}", markup=True
     )
@@ -242,8 +241,10 @@ def run(options: Options, size: str, command: str) -> int:
     console.print(f"way        {'--fast: ' if options.fast else ''}{way.why}", highlight=False)
     console.print(f"model      {parameters / 1e6:.2f} M parameters", highlight=False)
     console.print(
-        f"predicted  {seconds / 60:.1f} minutes of training for {steps} steps (from counted FLOPs)", highlight=False
-    )
+        f"predicted  {f'{seconds:.0f} s' if seconds < 100 else f'{seconds / 60:.1f} minutes'} of training for {steps} "
+        f"steps, without data and evaluation ({why})",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
     if options.cuda_graphs:
         console.print(
             f"graphs     up to {graphs.MOST} kinds of steps that recur are recorded and replayed; others run as ever: "
@@ -449,21 +450,27 @@ def _tokenizer(folder: Path, clips: Clips, options: Options, first: bool) -> Tok
     return tokenizer
 
 
-def predicted_seconds(model: Model, recipe: Recipe, steps: int, rate: float) -> float:
-    """Rough: 6 FLOPs a weight and token, at a third of the machine's matrix rate, which is what size tiny reaches on
-    two cores. Attention, pruning, the pixel decoder and data are not in it."""
-    video, words = recipe.model.video, min(12, recipe.model.text.max_words)
-    kept = recipe.video_mask.keep(video.times(video.frames), video.patches)
-    vtm = next((o for o in recipe.objectives.values() if isinstance(o, Vtm)), None)
-    masked = any(isinstance(o, Mlm) for o in recipe.objectives.values())
-    rows: list[tuple[nn.Module | None, int]] = [
-        (model.video.patch_embed, kept),
-        (model.video.blocks, kept + video.sequences(video.frames)),
-        (model.text.blocks, words * (1 + masked)),
-        (model.fusion, words * ((1 + vtm.negatives if vtm else 0) + masked)),
-    ]
-    flops = sum(6 * n * sum(p.numel() for p in part.parameters()) for part, n in rows if part is not None)
-    return flops * recipe.data.batch * steps / (rate / 3)
+def predicted_seconds(
+    recipe: Recipe, steps: int, way: device.Way, ranks: int, vocabulary: int, again: bool
+) -> tuple[float, str]:
+    """Of the first `steps` of a run's schedule, and what that is from. again: the backward computes blocks again."""
+    pairs = max(1, recipe.data.batch // ranks)
+    if way.device.type == "cuda":
+        gpu = cost.of_gpu(torch.cuda.get_device_name(way.device))
+        whose = "of its data sheet" if gpu else "of a product"
+        gpu, share, launch = gpu or cost.calibrate(way), cost.EFFICIENCY, cost.LAUNCH
+        why = f"a prediction, from counted FLOPs at {share:.0%} of the {gpu.flops / 1e12:.0f} TFLOP/s {whose}"
+    else:
+        gpu, share, launch = cost.calibrate(way, seconds=0.5), 1.0, 0.0
+        why = "counted operations, at rates measured just now"
+    bf16 = cost.BF16_GPU if way.device.type == "cuda" else cost.BF16_CPU
+    precision = cost.FP32 if way.dtype == torch.float32 else bf16
+    each = []
+    for load in cost.schedule(recipe, cost.Load(pairs, world=ranks), steps=steps):
+        counted = cost.parts(recipe, load, vocabulary=vocabulary, precision=precision)
+        computed = sum(cost.computing(counted, gpu, cost.Job(checkpoint_blocks=again), share))
+        each.append(max(computed, launch * cost.total(counted.values()).launches))
+    return steps * sum(each) / len(each), why
 
 
 def main() -> int:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from smaug import cost, ops
+from smaug import calibration, cost, device, ops
 from smaug.blocks import checkpoint_blocks
 from smaug.data.loader import Batch, VisualGroup
 from smaug.data.text import beginnings, pack
@@ -68,25 +70,36 @@ def load_of(batch, **more):
 
 
 def counted(recipe, batch):
-    with torch.device("meta"):
+    with batch.video_keys.device:
         model = build(recipe, VOCABULARY, "auto")
     with FlopCounterMode(display=False) as counter:
         training_step(model, recipe, batch)[0].backward()
     return model, counter.get_total_flops()
 
 
-def check(recipe, pairs, **shape):
+def check(recipe, pairs, device="meta", **shape):
     """Within 0.3 %: what is left are small things such as the means of fused tokens, and captions of unequal length."""
-    batch = batch_of(recipe, pairs, **shape)
+    batch = batch_of(recipe, pairs, device=device, **shape)
     model, flops = counted(recipe, batch)
     predicted = cost.total(cost.parts(recipe, load_of(batch, **shape), vocabulary=VOCABULARY).values())
     assert predicted.step_flops == pytest.approx(flops, rel=0.003)
     assert predicted.weights == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "size"), [*((n, "tiny") for n in names()), ("smaug", "base"), ("dense", "base")])
+QUICK = {("smaug", "base"), *((name, "tiny") for name in names())}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        pytest.param(name, size, marks=() if (name, size) in QUICK else pytest.mark.slow)
+        for name in names()
+        for size in ("tiny", "base", "large")
+    ],
+)
 def test_flops_and_weights_are_those_that_torch_counts(name, size):
-    check(load(name, size), 12 if size == "tiny" else 4)
+    """At tiny what runs, at the other sizes shapes."""
+    check(load(name, size), *((12, "cpu") if size == "tiny" else (4, "meta")))
 
 
 def changed(recipe, video=None, **fields):
@@ -136,6 +149,63 @@ def test_flops_and_weights_of_what_flags_can_ask_for(recipe):
 @pytest.mark.parametrize("name", ["smaug", pytest.param("singularity", marks=pytest.mark.slow)])
 def test_images(name):
     check(load(name), 8, frames=1)
+
+
+def test_attention_is_a_part_that_can_be_told():
+    batch = batch_of(SMAUG, 12, words=(12,))
+    with torch.device("meta"):
+        model = build(SMAUG, VOCABULARY, "auto")
+    with FlopCounterMode(display=False) as counter:
+        training_step(model, SMAUG, batch)
+    attention = counter.get_flop_counts()["Global"][torch.ops.smaug.attention]
+    predicted = cost.total(cost.parts(SMAUG, load_of(batch), vocabulary=VOCABULARY).values())
+    assert predicted.attention_flops == attention
+
+
+class Bytes(TorchDispatchMode):
+    """Of what operations read and write; each of our ops is one on the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.moved = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns):  # views move nothing
+            each = {id(x): x.nbytes for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+            self.moved += sum(each.values())
+        return out
+
+
+@pytest.mark.parametrize("name", [n if n == "smaug" else pytest.param(n, marks=pytest.mark.slow) for n in names()])
+def test_bytes_are_at_most_those_that_operations_move(name):
+    """The forward's are nearly all of them. Eager PyTorch reads gradients of sums and biases more often than is
+    needed."""
+    recipe = load(name, "base")
+    batch = batch_of(recipe, 8)
+    with torch.device("meta"):
+        model = build(recipe, VOCABULARY, "auto")
+    with Bytes() as forward:
+        loss = training_step(model, recipe, batch)[0]
+    with Bytes() as backward:
+        loss.backward()
+    counted = cost.parts(recipe, load_of(batch), vocabulary=VOCABULARY, precision=cost.FP32)
+    del counted["optimiser"]
+    predicted = cost.total(counted.values())
+    assert 0.97 < predicted.bytes / forward.moved <= 1
+    assert 0.75 < predicted.backward_bytes / backward.moved <= 1
+
+
+def test_every_part_is_there_with_its_bytes():
+    counted = cost.parts(load("smaug", "base"), cost.Load(8, world=8))
+    expected = {"patch embedding", "word embedding", "temporal layer 0", "video norm", "frame selector", "optimiser"}
+    expected |= {f"video block {n}" for n in range(12)} | {f"text block {n}" for n in range(9)}
+    expected |= {f"fusion block {n}" for n in range(3)} | {"vtc projections", "vtc contrast", "vtm head"}
+    expected |= {"mlm transform", "mlm vocabulary", "mvm entrance", "mvm block 0", "mvm pixels"}
+    assert expected <= counted.keys() <= expected | {"fusion blocks' norm"}
+    assert all(work.bytes > 0 or name == "optimiser" for name, work in counted.items())
+    assert all(work.backward_bytes > 0 for work in counted.values())
+    assert "gradients" in cost.collectives(counted, cost.Load(8, world=8), cost.Job(8))
 
 
 def kept_for_the_backward(recipe, batch, bf16):
@@ -298,7 +368,7 @@ def test_tables_of_the_page_are_those_of_the_model():
     """docs/scaling.md cannot drift from smaug/cost.py; `python -m benchmarks.scaling` renews it."""
     page, found = scaling.PAGE.read_text(), scaling.tables()
     assert scaling.renewed(page, found) == page
-    measured = {"machines", "published"}
+    measured = {"machines", "published", "rates"}
     for name, table in found.items():
         headers = [block.splitlines()[0] for block in table.split("\n\n") if block.startswith("|")]
         assert headers and (name in measured or all("prediction" in header for header in headers)), name
@@ -316,3 +386,80 @@ def test_what_cannot_be():
         cost.parts(SMAUG, cost.Load(8, frames=3))
     with pytest.raises(ValueError, match="attend='frame' needs 'even' or 'tube'"):
         cost.parts(changed(SMAUG, video_mask=VideoMask(0.35, "random")), cost.Load(1))
+
+
+@pytest.mark.parametrize(
+    ("said", "means"),
+    [
+        ("a6000", "A6000"), ("a100", "A100-80"), ("4090", "4090"), ("h100", "H100"), ("l40s", "L40S"), ("B200", "B200"),
+        ("NVIDIA GeForce RTX 4090", "4090"), ("NVIDIA A100-SXM4-40GB", "A100-40"), ("h100 pcie", "H100 PCIe"),
+    ],
+)  # fmt: skip
+def test_a_device_is_found_by_its_name(said, means):
+    assert cost.find_device(said) is cost.DEVICES[means]
+
+
+def test_a_device_that_is_not_known():
+    with pytest.raises(ValueError, match=r"no GPU 'a600' in the table.*did you mean 'a6000'.* It knows A6000, 3090"):
+        cost.find_device("a600")
+    with pytest.raises(ValueError, match=r"no GPU '' in the table of smaug.cost. It knows"):
+        cost.find_device("")
+    # others have no such rate, though their names look alike
+    assert all(cost.of_gpu(f"NVIDIA {n}") is None for n in ("GH200 480GB", "RTX 6000 Ada Generation", "RTX A6000 x"))
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_dense_baseline_leaves_nothing_out(name):
+    recipe = cost.dense(load(name, "base"))
+    seen, video = cost._video(recipe, cost.Load(8), cost.FP32), recipe.model.video
+    assert seen.removed == seen.left == 0 and seen.visible == 8 * video.times(video.frames) * video.patches
+    assert all(view.words == 12 for view in cost._views(recipe, cost.Load(8)).values())
+    assert not any("selector" in part or "mvm" in part for part in cost.parts(recipe, cost.Load(8)))
+    assert cost.dense(recipe) == recipe
+
+
+def test_steps_that_were_measured_on_this_cpu():
+    """Of numbers of one day that are kept; so a change of the model cannot spoil it unseen."""
+    found = scaling.points()
+    assert len(found) >= 12 and len({point.row["configuration"].split(",")[0] for point in found}) == 7
+    assert scaling.median_error(found) <= scaling.BAND
+    assert max(abs(point.error) for point in found) <= 0.3
+
+
+def test_between_two_sizes():
+    assert cost.between(48, (16, 144)) == pytest.approx({16: 0.5, 144: 0.5})
+    assert cost.between(1, (8, 16, 32)) == {8: 1, 16: 0} and cost.between(99, (8, 16, 32)) == {16: 0, 32: 1}
+
+
+WAY = device.choose(True, "cpu")
+
+
+def test_a_calibration_tells_every_rate_that_a_step_needs():
+    told = {piece.tells for piece in calibration.pieces(WAY)} | {"adamw"}
+    for name in names():
+        for size in ("tiny", "large"):
+            counted = cost.total(cost.parts(load(name, size), cost.Load(4)).values())
+            assert cost.amounts(counted).keys() <= told
+    assert all(cost.amounts(piece.work)[piece.tells] > 0 for piece in calibration.pieces(WAY))
+
+
+def test_a_short_calibration():
+    """Twice the work takes twice the time, but for what a call costs."""
+    found = cost.calibrate(WAY, seconds=0.1)
+    assert all(there >= 0 and back >= 0 for there, back in found.rates.values())
+    assert 1e-7 < sum(found.rates["launch"]) < 1e-2 and found.rates["product 384"][0] > 0
+    one, two = (
+        sum(cost.computing(cost.parts(SMAUG, cost.Load(pairs), precision=cost.BF16_CPU), found, cost.Job()))
+        for pairs in (64, 128)
+    )
+    assert one < two < 2.1 * one
+
+
+def test_a_calibrated_device_does_one_thing_after_the_other():
+    rates = {"norm": (1.0, 2.0), "launch": (10.0, 0.0), "moved": (0.0, 0.5)}
+    work = cost.norm(3, 5, cost.FP32) + cost.Work(bytes=4, backward_bytes=6)
+    assert cost.calibrated(work, rates) == (15 + 20, 30 + 5)
+    slow = dataclasses.replace(cost.DEVICES["A6000"], rates={"adamw": (0.0, 1.0), **rates})
+    counted = {"block": dataclasses.replace(work, enters=1.0), "optimiser": cost.Work(amounts={"adamw": 7.0})}
+    assert cost.computing(counted, slow, cost.Job()) == (35, 35, 7)
+    assert cost.computing(counted, slow, cost.Job(checkpoint_blocks=True)) == (35, 70, 7)

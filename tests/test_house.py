@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"recipe"},
     {"recipes"},
     {"step", "micro_batches", "graphs"},
-    {"train", "loop", "run", "embed", "evaluate", "device", "checkpoint", "metrics", "cost", "ledger"}
+    {"train", "loop", "run", "embed", "evaluate", "device", "checkpoint", "metrics", "cost", "ledger", "calibration"}
     | {"blocks", "pretrained", "report", "doctor", "search", "visualise", "integrations", "testing"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

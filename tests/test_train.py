@@ -18,13 +18,15 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
+from smaug import cost, device, train
 from smaug import step as steps
-from smaug import train
 from smaug.data.manifest import Skip
 from smaug.evaluate import __main__ as evaluate
+from smaug.recipe import load
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
 # A small model of every default's shape: these runs test the loop, not the learning.
@@ -452,3 +454,19 @@ def test_what_a_run_cannot_begin_from(call, undisturbed, tmp_path):
     assert code == 1 and "the objective answer or mlm; this model was trained without either" in err
     code, _, err = call(evaluate.main, undisturbed, "--task", "mc")
     assert code == 1 and "multiple choice needs a match head" in err
+
+
+def test_the_time_that_is_told(monkeypatch):
+    """On a GPU, of which there is none here, from its data sheet; half as many steps take half as long, or more where
+    pruning has not warmed up; each of two processes has half of the pairs."""
+    recipe, gpu = load("smaug", "base"), device.Way(torch.device("cuda"), torch.bfloat16, "auto", "")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA RTX A6000")
+    seconds, why = train.predicted_seconds(recipe, 600, gpu, 1, 30522, again=False)
+    assert why == "a prediction, from counted FLOPs at 25% of the 155 TFLOP/s of its data sheet"
+    flops = [cost.total(cost.parts(recipe, one).values()).step_flops for one in cost.schedule(recipe, cost.Load(128))]
+    assert seconds == pytest.approx(600 * sum(flops) / len(flops) / (0.25 * 154.8e12), rel=0.1)
+    begin, several, again = (
+        train.predicted_seconds(recipe, *given)[0]
+        for given in ((300, gpu, 1, 30522, False), (600, gpu, 2, 30522, False), (600, gpu, 1, 30522, True))
+    )
+    assert begin > 0.52 * seconds and 0.5 < several / seconds < 0.55 and 1.25 < again / seconds < 1.35
