@@ -33,7 +33,7 @@ from rich.table import Table
 from smaug import cost
 from smaug import device as devices
 from smaug import recipe as recipes
-from smaug.cost import CLUSTERS, IB200, PCIE4, Cluster, Job, Load, Work
+from smaug.cost import CLUSTERS, IB200, PCIE4, Cluster, Device, Job, Load, Work
 from smaug.model.model import SIZES
 from smaug.objectives.answer import Answer
 from smaug.objectives.mc import Mc
@@ -144,6 +144,7 @@ def machines(options: Options) -> list[Machine]:
         # What stands around a GPU is an assumption in any case.
         cluster = CLUSTERS.get(device.name, replace(CLUSTERS["A6000"], device=device))
         rates = (
+            "A part takes the longer of what its FLOPs and its bytes need (roofline). "
             f"Products reach {options.efficiency:.0%} of the {device.flops / 1e12:.0f} TFLOP/s of the data sheet "
             f"(dense bf16): a guess, as {RANGE[1]:.0%} to {RANGE[0]:.0%} is published for training. Memory reaches its "
             f"{device.bandwidth / 1e9:,.0f} GB/s. The host takes {1e6 * cost.LAUNCH:.0f} us to start a kernel."
@@ -162,8 +163,9 @@ def this_machine(options: Options) -> Machine:
     way = devices.choose(True, "cpu")
     device = cost.calibrate(way)
     rates = (
-        f"Products reach {device.flops / 1e9:,.0f} GFLOP/s and a copy {device.bandwidth / 1e9:.0f} GB/s, measured just "
-        f"now: {devices.describe(way.device)}. Clips are decoded already."
+        "Operations run one after the other and take what they took in a few seconds just now; products reached "
+        f"{device.flops / 1e9:,.0f} GFLOP/s, a copy {device.bandwidth / 1e9:.0f} GB/s. Clips are decoded already. "
+        f"Machine: {devices.describe(way.device)}."
     )
     cluster = Cluster(device, PCIE4, IB200, adapters=1, cores=1, storage=1.0, per_machine=1)  # nothing waits for these
     precision, clips = cost.FP32 if way.dtype is torch.float32 else cost.BF16_CPU, cost.Clips("decoded", 0.0, 0.0)
@@ -215,16 +217,21 @@ class Side:
 def side(recipe: Recipe, options: Options, machine: Machine) -> Side:
     """Means over the schedule: pruning warms up, and at the end nothing may be masked."""
     job, rows, memory, weights = options.job, defaultdict[str, Row](Row), 0.0, 0.0
-    loads = cost.schedule(recipe, Load(options.batch // job.gpus, words=options.words, world=job.gpus))
     tokens = [0.0] * recipe.model.video.depth
+    loads = cost.schedule(recipe, Load(options.batch // job.gpus, words=options.words, world=job.gpus))
+    alike = defaultdict[Any, list[Load]](list)  # most of a run's steps are
     for load in loads:
+        assert load.step is not None
+        alike[video_mask(recipe, load.step), keep_rate(recipe, load.step)].append(load)
+    for load, *others in alike.values():
+        share = (1 + len(others)) / len(loads)
         counted = cost.parts(recipe, load, vocabulary=vocabulary(recipe), precision=machine.precision)
         for name, row in spent(counted, recipe, load, job, machine):
-            rows[name].add(row, 1 / len(loads))
+            rows[name].add(row, share)
         held = cost.memory(counted, job)
         memory = max(memory, sum(held.values()) - machine.measured * held["context"])  # a CPU has none
         weights = cost.total(counted.values()).weights
-        tokens = [mean + now / len(loads) for mean, now in zip(tokens, entering(recipe, load), strict=True)]
+        tokens = [mean + share * now for mean, now in zip(tokens, entering(recipe, load), strict=True)]
     return Side(dict(rows), memory, weights, tokens)
 
 
@@ -232,13 +239,12 @@ def spent(
     counted: Mapping[str, Work], recipe: Recipe, load: Load, job: Job, machine: Machine
 ) -> Iterator[tuple[str, Row]]:
     """What a step spends, as rows of the table."""
-    device, computing = machine.cluster.device, 0.0
-    roofs = device, replace(device, bandwidth=math.inf), replace(device, flops=math.inf)
+    computing = 0.0
     for name, work in counted.items():
-        seconds, products, memory = (sum(cost.computing({name: work}, roof, job, machine.efficiency)) for roof in roofs)
-        computing += seconds
-        moved, bound = (work.bytes + work.backward_bytes) / load.pairs, "compute" if products >= memory else "memory"
-        yield row_of(name, recipe), Row(work.step_flops / load.pairs, moved, {bound: seconds})
+        bound = bounds(name, work, job, machine)
+        computing += sum(bound.values())
+        moved = (work.bytes + work.backward_bytes) / load.pairs
+        yield row_of(name, recipe), Row(work.step_flops / load.pairs, moved, bound)
     embed_dim = next((o.embed_dim for o in recipe.objectives.values() if isinstance(o, Vtc)), 0)
     step = cost.step_time(
         counted, load, job, machine.cluster, clips=machine.clips, efficiency=machine.efficiency, launch=machine.launch,
@@ -253,6 +259,24 @@ def spent(
         yield "gathering", Row(bytes=gathered, bound={"links": step.gather})
     if step.step > step.gpu:
         yield "wait: clips", Row(bound={step.limit: step.step - step.gpu})
+
+
+def bounds(name: str, work: Work, job: Job, machine: Machine) -> dict[str, float]:
+    """Seconds of a part by what it is bound by: the roof that it meets, or on a calibrated device what they are of."""
+    device = machine.cluster.device
+
+    def takes(on: Device) -> float:
+        return sum(cost.computing({name: work}, on, job, machine.efficiency))
+
+    if not device.rates:
+        products, memory = takes(replace(device, bandwidth=math.inf)), takes(replace(device, flops=math.inf))
+        return {"compute" if products >= memory else "memory": takes(device)}
+    found = defaultdict[str, float](float)
+    for unit, count in cost.amounts(work).items():
+        kind = "host" if unit in ("launch", "attention") else "memory"  # what it takes to start an operation
+        kind = "compute" if unit.startswith(("product ", "attention ")) else kind
+        found[kind] += count * sum(device.rates.get(unit, ()))
+    return {kind: takes(device) * seconds / sum(found.values()) for kind, seconds in found.items() if seconds}
 
 
 def row_of(part: str, recipe: Recipe) -> str:
@@ -366,7 +390,7 @@ def assumptions(found: Estimate) -> list[str]:
     video = recipe.model.video
     said = [
         "FLOPs are those of matrix products, forward and backward. Bytes are the least: each operation reads and "
-        "writes everything once. A part takes the longer of what the two need (roofline).",
+        "writes everything once.",
         found.machine.rates,
         f"{options.pairs:,.0f} pairs x {options.epochs:g} epochs are {options.steps:,.0f} steps of {options.batch}; "
         "numbers are means over all of them.",
@@ -451,6 +475,7 @@ def summary(found: Estimate) -> list[tuple[str, str]]:
     sides, steps = (found.this, found.dense), [found.this.whole, found.dense.whole]
     hours, dense_hours = (found.hours(step.seconds) for step in steps)
     each = f", {number(hours / options.gpus)} hours on {options.gpus} of them" * (options.gpus > 1)
+    each += f" ({number(60 * hours)} minutes)" * (hours < 1 == options.gpus)
     said = [
         ("cost", f"{number(hours)} {name}-hours{each}; dense {number(dense_hours)}; dense / this {found.ratio:.2f}x")
     ]

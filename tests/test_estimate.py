@@ -115,15 +115,25 @@ def test_what_moves_the_hours(numbers):
 
 
 def test_this_machine(call, numbers, monkeypatch):
-    """Without the share of a peak, or a GPU's context."""
-    monkeypatch.setattr(cost, "calibrate", lambda way: cost.Device("this machine", 2e11, 1e10, 8e9))
-    found = numbers("--gpu", "cpu", "--size", "tiny", "--efficiency", 0.1)
+    """Calibrated, so that there is no share of a peak: products at 200 GFLOP/s, 1 ms to start each operation."""
+    rates = {f"product {width}": (2e-12, 3e-12) for width in cost.WIDTHS} | {"launch": (1e-3, 0.0)}
+    device = cost.Device("this machine", 2e11, 1e10, 8e9, rates=rates)
+    monkeypatch.setattr(cost, "calibrate", lambda way: device)
+    given = ["--gpu", "cpu", "--size", "tiny", "--pairs", "6000", "--epochs", "1", "--efficiency", "0.1"]
+    found = numbers(*given)
     assert found["device"] == "CPU" and found["range"] is found["efficiency"] is None
-    assert found["memory_bytes"] < cost.CONTEXT
-    assert found["gpu_hours"] >= found["flops"] / 2e11 / 3600
-    assert any("200 GFLOP/s and a copy 10 GB/s" in said for said in found["assumptions"])
-    code, out, _ = call("--gpu", "cpu", "--size", "tiny")
-    assert code == 0 and "CPU-hours" in out and "range" not in out
+    assert found["memory_bytes"] < cost.CONTEXT  # a GPU has one
+    assert sum(part["gpu_hours"] for part in found["parts"].values()) == pytest.approx(found["gpu_hours"])
+    recipe = estimate.recipes.load(found["recipe"])
+    counted = cost.parts(recipe, cost.Load(128, words=16), vocabulary=recipe.data.vocabulary)
+    launched = cost.total(counted.values()).launches * 1e-3
+    assert found["bound"]["host"] * found["seconds_per_step"] == pytest.approx(launched, rel=0.05)
+    attention = cost.total(counted.values()).attention_flops * 3.5  # has no rate here
+    products = cost.total(counted.values()).step_flops - attention
+    assert found["bound"]["compute"] * found["seconds_per_step"] == pytest.approx(products / 2e11, rel=0.05)
+    code, out, _ = call(*given)
+    minutes = estimate.number(60 * found["gpu_hours"])
+    assert code == 0 and f"CPU-hours ({minutes} minutes)" in out and "range" not in out
 
 
 def test_the_table(call, numbers):
