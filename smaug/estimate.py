@@ -15,7 +15,7 @@ import json
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from html import escape
 from itertools import zip_longest
@@ -214,32 +214,43 @@ class Side:
         return whole
 
 
-def side(recipe: Recipe, options: Options, machine: Machine) -> Side:
-    """Means over the schedule: pruning warms up, and at the end nothing may be masked."""
-    job, rows, memory, weights = options.job, defaultdict[str, Row](Row), 0.0, 0.0
-    tokens = [0.0] * recipe.model.video.depth
-    loads = cost.schedule(recipe, Load(options.batch // job.gpus, words=options.words, world=job.gpus))
-    alike = defaultdict[Any, list[Load]](list)  # most of a run's steps are
-    for load in loads:
+@dataclass(frozen=True)
+class Stage:
+    """Steps of a run that are alike."""
+
+    share: float  # of all steps
+    load: Load
+    counted: dict[str, Work]
+
+
+def stages(recipe: Recipe, options: Options, precision: cost.Precision) -> list[Stage]:
+    """The schedule: pruning warms up, and at the end nothing may be masked."""
+    alike = defaultdict[Any, list[Load]](list)
+    for load in cost.schedule(recipe, Load(options.batch // options.gpus, words=options.words, world=options.gpus)):
         assert load.step is not None
         alike[video_mask(recipe, load.step), keep_rate(recipe, load.step)].append(load)
-    for load, *others in alike.values():
-        share = (1 + len(others)) / len(loads)
-        counted = cost.parts(recipe, load, vocabulary=vocabulary(recipe), precision=machine.precision)
-        for name, row in spent(counted, recipe, load, job, machine):
-            rows[name].add(row, share)
-        held = cost.memory(counted, job)
+    points, words = sum(map(len, alike.values())), vocabulary(recipe)
+    return [
+        Stage(len(loads) / points, loads[0], cost.parts(recipe, loads[0], vocabulary=words, precision=precision))
+        for loads in alike.values()
+    ]
+
+
+def side(recipe: Recipe, counted: list[Stage], job: Job, machine: Machine) -> Side:
+    rows, memory, weights, tokens = defaultdict[str, Row](Row), 0.0, 0.0, [0.0] * recipe.model.video.depth
+    for stage in counted:
+        for name, row in spent(stage, recipe, job, machine):
+            rows[name].add(row, stage.share)
+        held = cost.memory(stage.counted, job)
         memory = max(memory, sum(held.values()) - machine.measured * held["context"])  # a CPU has none
-        weights = cost.total(counted.values()).weights
-        tokens = [mean + share * now for mean, now in zip(tokens, entering(recipe, load), strict=True)]
+        weights = cost.total(stage.counted.values()).weights
+        tokens = [m + stage.share * now for m, now in zip(tokens, entering(recipe, stage.load), strict=True)]
     return Side(dict(rows), memory, weights, tokens)
 
 
-def spent(
-    counted: Mapping[str, Work], recipe: Recipe, load: Load, job: Job, machine: Machine
-) -> Iterator[tuple[str, Row]]:
+def spent(stage: Stage, recipe: Recipe, job: Job, machine: Machine) -> Iterator[tuple[str, Row]]:
     """What a step spends, as rows of the table."""
-    computing = 0.0
+    load, counted, computing = stage.load, stage.counted, 0.0
     for name, work in counted.items():
         bound = bounds(name, work, job, machine)
         computing += sum(bound.values())
@@ -374,13 +385,14 @@ class Estimate:
 
 
 def estimate(options: Options, size: str, machine: Machine) -> Estimate:
-    recipe = options.recipe
-    found = Estimate(
-        options, size, machine, side(recipe, options, machine), side(cost.dense(recipe), options, machine), range=None
-    )
+    recipe, job = options.recipe, options.job
+    this, dense = (stages(one, options, machine.precision) for one in (recipe, cost.dense(recipe)))
+    sides = side(recipe, this, job, machine), side(cost.dense(recipe), dense, job, machine)
+    found = Estimate(options, size, machine, *sides, range=None)
     if machine.measured:
         return found
-    least, most = (found.hours(side(recipe, options, replace(machine, efficiency=e)).whole.seconds) for e in RANGE)
+    ends = (side(recipe, this, job, replace(machine, efficiency=share)) for share in RANGE)
+    least, most = (found.hours(end.whole.seconds) for end in ends)
     return replace(found, range=(least, most))
 
 
@@ -429,7 +441,8 @@ def too_large(found: Estimate) -> list[str]:
     options, machine, room = found.options, found.machine, found.machine.cluster.device.memory
 
     def needs(**changed: Any) -> float:
-        return side(options.recipe, replace(options, **changed), machine).memory
+        now = replace(options, **changed)
+        return side(now.recipe, stages(now.recipe, now, machine.precision), now.job, machine).memory
 
     if found.this.memory <= room:
         return []

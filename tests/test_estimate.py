@@ -98,20 +98,19 @@ def test_a_vit_by_hand(numbers):
 
 def test_what_moves_the_hours(numbers):
     base = numbers()
-    quick, slow = (numbers("--efficiency", share) for share in (0.4, 0.1))
-    assert quick["gpu_hours"] < base["gpu_hours"] < slow["gpu_hours"] == base["range"][1]
+    quick, slow = (numbers("--efficiency", share) for share in (0.43, 0.1))
+    assert [quick["gpu_hours"], slow["gpu_hours"]] == base["range"]
+    assert quick["gpu_hours"] < base["gpu_hours"] < slow["gpu_hours"]
     assert quick["parts"]["optimiser"] == slow["parts"]["optimiser"]  # moves bytes, and computes nothing
-    assert numbers("--epochs", 20)["gpu_hours"] == pytest.approx(2 * base["gpu_hours"])
-    assert numbers("--pairs", 1e6)["flops"] == pytest.approx(base["flops"] / 5)
-    again = numbers("--checkpoint-blocks")
-    assert again["flops"] == base["flops"] and again["gpu_hours"] > 1.2 * base["gpu_hours"]
+    again = numbers("--checkpoint-blocks", "--epochs", 20)
+    assert again["flops"] == pytest.approx(2 * base["flops"]) and again["gpu_hours"] > 2.4 * base["gpu_hours"]
     assert again["memory_bytes"] < 0.4 * base["memory_bytes"]
-    assert numbers("--words", 32)["parts"]["text encoder"]["flops"] > 1.9 * base["parts"]["text encoder"]["flops"]
-    masked = numbers("--video-mask.ratio", 0.75)
-    assert masked["ratio"] > base["ratio"] > 2 and masked["dense_flops"] == base["dense_flops"]
+    other = numbers("--video-mask.ratio", 0.75, "--words", 32)
+    assert other["ratio"] > base["ratio"] > 2
+    assert other["parts"]["text encoder"]["flops"] > 1.9 * base["parts"]["text encoder"]["flops"]
     assert base["tokens_by_block"] == sorted(base["tokens_by_block"], reverse=True)
-    assert max(base["tokens_by_block"]) < min(base["dense_tokens_by_block"])
     assert base["dense_tokens_by_block"] == pytest.approx([4 * 197] * 12)
+    assert max(base["tokens_by_block"]) < 4 * 197
 
 
 def test_this_machine(call, numbers, monkeypatch):
@@ -179,21 +178,17 @@ def test_what_does_not_fit_and_what_would(call, numbers):
         ("--size bse", "did you mean 'base'"),
         ("--gpu a600", "did you mean 'a6000'"),
         ("--gpu cpu --gpus 2", "this machine alone"),
-        ("--pairs 0", "must be above 0, not 0 and 10"),
+        ("--pairs 0 --epochs 0", "must be above 0, not 0 and 0"),
         ("--pairs nan", "must be above 0, not nan and 10"),
         ("--pairs 5M", "could not convert string to float: '5M'"),
-        ("--epochs 0", "must be above 0, not 5e+06 and 0"),
-        ("--efficiency 0", "a share of the peak, above 0 and at most 1, not 0"),
         ("--efficiency 2", "a share of the peak, above 0 and at most 1, not 2"),
         ("--words 33", "--words must be 1 to 32"),
         ("--gpus 0", "at least one GPU, not 0"),
         ("--gpus 3", "a batch of 128 pairs (--data.batch) cannot be shared equally by 3 GPUs"),
         ("--shard", "say among how many by --gpus"),
         ("--html nowhere/page.html", "there is no folder nowhere"),
-        ("--json nowhere/numbers", "there is no folder nowhere"),
         ("--json /dev/null", "is no file"),
         ("--data.bach 12", "--data.batch"),
-        ("--epoch 3", "--epochs"),
     ],
 )
 def test_errors(call, arguments, said):
