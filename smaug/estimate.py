@@ -46,6 +46,7 @@ from smaug.train import DEFAULT_RECIPE
 
 RANGE = (0.43, 0.10)  # of the peak: the most and the least that is published for training, see cost.EFFICIENCY
 PREDICTION = "PREDICTION, from counted FLOPs and bytes: nobody measured it."
+LIKE = {"3090": "4090", "A100-40": "A100-80", "H200": "H100"}  # whose machine is taken; of other GPUs an A6000's
 CLIPS = {"reencoded": cost.REENCODED, "raw": cost.RAW}
 
 
@@ -63,7 +64,7 @@ class Options:
     clips: Literal["reencoded", "raw"] = "reencoded"  # as `smaug.data reencode` leaves them, or as they come
     efficiency: float = cost.EFFICIENCY  # share of a GPU's peak that products reach
     checkpoint_blocks: bool = False  # blocks are computed again in the backward, for much less memory
-    json: str = ""  # file for the numbers; -: they are printed instead of the table
+    json: str = ""  # file for the numbers, of several devices a list; -: they are printed instead of the table
     html: str = ""  # file for a page with charts
 
     def check(self) -> None:
@@ -124,6 +125,8 @@ def parse(arguments: list[str]) -> tuple[Options, str]:
 
 @dataclass(frozen=True)
 class Machine:
+    """A device and what stands around it."""
+
     name: str
     cluster: Cluster
     precision: cost.Precision
@@ -141,8 +144,8 @@ def machines(options: Options) -> list[Machine]:
             found.append(this_machine(options))
             continue
         device = cost.find_device(name)
-        # What stands around a GPU is an assumption in any case.
-        cluster = CLUSTERS.get(device.name, replace(CLUSTERS["A6000"], device=device))
+        around = device.name if device.name in CLUSTERS else LIKE.get(device.name, "A6000")
+        cluster = replace(CLUSTERS[around], device=device)
         rates = (
             "A part takes the longer of what its FLOPs and its bytes need (roofline). "
             f"Products reach {options.efficiency:.0%} of the {device.flops / 1e12:.0f} TFLOP/s of the data sheet "
@@ -211,6 +214,7 @@ class Side:
         whole = Row()
         for row in self.rows.values():
             whole.add(row)
+        whole.bound = dict(sorted(whole.bound.items(), key=lambda item: -item[1]))
         return whole
 
 
@@ -346,10 +350,10 @@ class Estimate:
         """FLOPs, bytes, seconds. `parts` are of a pair but for their hours; `gpu_hours` and `flops` are of the run."""
         options, this, dense, pairs = self.options, self.this, self.dense, self.options.pairs * self.options.epochs
 
-        def parts(side: Side) -> dict[str, Any]:
+        def parts(of: Side) -> dict[str, Any]:
             return {
                 name: {"flops": row.flops, "bytes": row.bytes, "bound": row.most, "gpu_hours": self.hours(row.seconds)}
-                for name, row in side.rows.items()
+                for name, row in of.rows.items()
             }
 
         return {
@@ -385,13 +389,13 @@ class Estimate:
 
 
 def estimate(options: Options, size: str, machine: Machine) -> Estimate:
-    recipe, job = options.recipe, options.job
-    this, dense = (stages(one, options, machine.precision) for one in (recipe, cost.dense(recipe)))
-    sides = side(recipe, this, job, machine), side(cost.dense(recipe), dense, job, machine)
-    found = Estimate(options, size, machine, *sides, range=None)
+    job, both = options.job, (options.recipe, cost.dense(options.recipe))
+    counted = [stages(recipe, options, machine.precision) for recipe in both]
+    this, dense = (side(recipe, each, job, machine) for recipe, each in zip(both, counted, strict=True))
+    found = Estimate(options, size, machine, this, dense, range=None)
     if machine.measured:
         return found
-    ends = (side(recipe, this, job, replace(machine, efficiency=share)) for share in RANGE)
+    ends = (side(options.recipe, counted[0], job, replace(machine, efficiency=share)) for share in RANGE)
     least, most = (found.hours(end.whole.seconds) for end in ends)
     return replace(found, range=(least, most))
 
@@ -487,8 +491,11 @@ def summary(found: Estimate) -> list[tuple[str, str]]:
     options, name, room = found.options, found.machine.name, found.machine.cluster.device.memory
     sides, steps = (found.this, found.dense), [found.this.whole, found.dense.whole]
     hours, dense_hours = (found.hours(step.seconds) for step in steps)
-    each = f", {number(hours / options.gpus)} hours on {options.gpus} of them" * (options.gpus > 1)
-    each += f" ({number(60 * hours)} minutes)" * (hours < 1 == options.gpus)
+    each = ""
+    if options.gpus > 1:
+        each = f", {number(hours / options.gpus)} hours on {options.gpus} of them"
+    elif hours < 1:
+        each = f" ({number(60 * hours)} minutes)"
     said = [
         ("cost", f"{number(hours)} {name}-hours{each}; dense {number(dense_hours)}; dense / this {found.ratio:.2f}x")
     ]
@@ -496,17 +503,12 @@ def summary(found: Estimate) -> list[tuple[str, str]]:
         ends = [f"{number(x)} at {share:.0%}" for x, share in zip(found.range, RANGE, strict=True)]
         said.append(("range", f"{' of the peak, '.join(ends)}; {number(hours)} is at {found.machine.efficiency:.0%}"))
     speeds = [f"{number(options.batch / s.seconds)} clips/s, {number(1e3 * s.seconds)} ms a step" for s in steps]
-    bounds = [
-        ", ".join(
-            f"{by} {s.bound[by] / s.seconds:.0%}" for by in sorted(s.bound, key=s.bound.__getitem__, reverse=True)
-        )
-        for s in steps
-    ]
+    limits = [", ".join(f"{by} {seconds / s.seconds:.0%}" for by, seconds in s.bound.items()) for s in steps]
     sizes = [
         f"{number(s.memory / 1e9)} of {room / 1e9:.0f} GB, {'fits' if s.memory <= room else 'does not fit'}"
         for s in sides
     ]
-    both = (("speed", speeds), ("bound by", bounds), ("memory", sizes))
+    both = (("speed", speeds), ("bound by", limits), ("memory", sizes))
     return said + [(what, "; dense ".join(words)) for what, words in both]
 
 
@@ -520,7 +522,7 @@ def title(found: Estimate) -> str:
 
 def show(found: Estimate, console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_footer=True)
-    table.add_column("part", "all", vertical="bottom", no_wrap=True)
+    table.add_column("GFLOP and MB\nof a pair", "all", no_wrap=True)
     for name, total in zip(COLUMNS, cells(found, found.this.whole), strict=True):
         table.add_column(name, total, vertical="bottom", justify="left" if name == "bound" else "right", no_wrap=True)
     table.add_column("share", vertical="bottom", justify="right", no_wrap=True)
@@ -609,21 +611,19 @@ def page(found: list[Estimate]) -> str:
     except ImportError:
         raise ValueError("--html needs plotly: pip install -c constraints.txt -e '.[plots]'") from None
     bars, lines = go.Figure(), go.Figure()
-    sides = [side for one in found for side in ((one, "", one.this), (one, ", dense", one.dense))]
+    sides = [both for one in found for both in ((one, "", one.this), (one, ", dense", one.dense))]
     for part in dict.fromkeys(part for one in found for part in parts_of(one)):
         bars.add_bar(
-            x=[one.hours(side.rows.get(part, Row()).seconds) for one, _, side in sides],
+            x=[one.hours(of.rows.get(part, Row()).seconds) for one, _, of in sides],
             y=[one.machine.name + which for one, which, _ in sides],
             name=part, orientation="h", marker_color=COLOURS[part],
         )  # fmt: skip
     bars.update_layout(
-        barmode="stack",
-        xaxis_title="GPU-hours",
-        yaxis={"type": "category", "autorange": "reversed"},
+        barmode="stack", xaxis_title="hours", yaxis={"type": "category", "autorange": "reversed"},
         height=180 + 72 * len(found),
-    )
-    for name, side, colour in (("this recipe", found[0].this, "#1f5fbf"), ("dense", found[0].dense, "#6c757d")):
-        lines.add_scatter(y=side.tokens, name=name, mode="lines+markers", marker_color=colour)
+    )  # fmt: skip
+    for name, of, colour in (("this recipe", found[0].this, "#1f5fbf"), ("dense", found[0].dense, "#6c757d")):
+        lines.add_scatter(y=of.tokens, name=name, mode="lines+markers", marker_color=colour)
     lines.update_layout(xaxis_title="video block", yaxis_title="tokens of a clip", yaxis_rangemode="tozero", height=300)
     charts = ""
     for heading, figure in (("Where the hours go", bars), ("Tokens that enter each video block", lines)):
@@ -685,6 +685,8 @@ def main() -> int:
             show_devices(found, console)
         else:
             show(found[0], console)
+        for file in filter(None, (options.json, options.html)):
+            console.print(f"{'written':<10}{file}", soft_wrap=True)
     except (ValueError, OSError) as error:
         return refuse(error)
     except KeyboardInterrupt:
