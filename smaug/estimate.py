@@ -168,7 +168,7 @@ def this_machine(options: Options) -> Machine:
     rates = (
         "Operations run one after the other and take what they took in a few seconds just now; products reached "
         f"{device.flops / 1e9:,.0f} GFLOP/s, a copy {device.bandwidth / 1e9:.0f} GB/s. Clips are decoded already. "
-        f"Machine: {devices.describe(way.device)}."
+        f"What else the machine does is in it: {devices.describe(way.device)}."
     )
     cluster = Cluster(device, PCIE4, IB200, adapters=1, cores=1, storage=1.0, per_machine=1)  # nothing waits for these
     precision, clips = cost.FP32 if way.dtype is torch.float32 else cost.BF16_CPU, cost.Clips("decoded", 0.0, 0.0)
