@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"recipes"},
     {"step", "micro_batches", "graphs"},
     {"train", "loop", "run", "embed", "evaluate", "device", "checkpoint", "metrics", "cost", "ledger", "calibration"}
-    | {"blocks", "pretrained", "report", "doctor", "search", "visualise", "integrations", "testing"},
+    | {"blocks", "pretrained", "estimate", "report", "doctor", "search", "visualise", "integrations", "testing"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 # So that a loader can be used without a model. masks: the loader masks words.
