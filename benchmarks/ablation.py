@@ -153,7 +153,9 @@ def _fusion(recipe: Recipe, each: Load, times: int, tokens: int, p: Precision) -
     found["copies"] += Work(saved=p.stream * texts * seen * key_width)  # for the weights of keys and values
     for number in range(model.fusion.depth):
         work = cost.self_attention(rows, rows * each.words, width, model.fusion.heads, p)
-        work += cost.cross_attention(rows, texts * seen, rows * seen, width, key_width, model.fusion.heads, p)
+        work += cost.cross_attention(
+            rows, texts * seen, rows * seen, width, key_width, model.fusion.heads, p, gathered=0.0
+        )
         work += cost.mlp(rows, width, model.fusion.mlp_ratio, p)
         found[f"fusion block {number}"] = work + Work(enters=p.stream * rows * width)
     found["fusion blocks' norm"] = cost.norm(rows, width, p)
