@@ -21,9 +21,10 @@ from unittest import mock
 
 import torch
 
-from benchmarks.timing import Stopwatch, in_phases
+from benchmarks.timing import in_phases
 from smaug import device, train
 from smaug.data.loader import Batch, Loader
+from smaug.ledger import Stopwatch
 from smaug.loop import Loop
 from smaug.optim import Update
 

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 import smaug
-from smaug import checkpoint, device, distributed, graphs, pretrained
+from smaug import checkpoint, device, distributed, graphs, ledger, pretrained
 from smaug import recipe as recipes
 from smaug.blocks import checkpoint_blocks, compile_blocks
 from smaug.data.clips import Clips
@@ -234,7 +234,8 @@ def run(options: Options, size: str, command: str) -> int:
     if begins:  # refuses a start that does not fit before anything is written
         starts = pretrained.load_weights(scratch, recipe.model)
     parameters = sum(p.numel() for p in scratch.parameters())
-    seconds = predicted_seconds(scratch, recipe, steps, device.matrix_rate(way)) / ranks
+    rate = device.matrix_rate(way)
+    seconds = predicted_seconds(scratch, recipe, steps, rate) / ranks
     console.print(
         f"[bold]smaug {smaug.__version__}[/]  recipe {recipe.name}, size {size}, seed {recipe.seed}", markup=True
     )
@@ -340,8 +341,12 @@ def run(options: Options, size: str, command: str) -> int:
         if first:
             named[:] = _name_skipped(console, folder / "skipped.txt", [*clips.skipped, *skips])
 
+    book = ledger.Book(
+        folder, step, way, at=int(totals["step"]), began=began, rate=rate, command=command, fast=options.fast,
+        past=ledger.behind(folder, totals) if options.resume else ledger.Ledger((), ()), graphs=options.cuda_graphs,
+    )  # fmt: skip
     loop = Loop(
-        options, folder, console, way, step, engine, update, keeper, loader, totals, began,
+        options, folder, console, way, step, engine, update, keeper, loader, totals, book,
         score=lambda: score(chosen_on), note_skipped=name_skipped,
     )  # fmt: skip
     try:
@@ -349,7 +354,7 @@ def run(options: Options, size: str, command: str) -> int:
     except ManifestError:  # a run that too many bad files end names all of them, too
         name_skipped(list(loader.skipped.values()))
         raise
-    totals = loop.totals_of_all()
+    totals = loop.totals(wait=True)
     if not finished:
         console.print(f"stopped at step {totals['step']:.0f} and saved; go on with:", highlight=False)
         console.print(
@@ -357,11 +362,12 @@ def run(options: Options, size: str, command: str) -> int:
         )
         return 0
 
-    with reporting(console) as report:
+    with reporting(console) as report, book.watch.phase("evaluation"):
         result = score(held_out, report)
     if result is None:
         return 0
-    totals["wall_seconds"] += time.perf_counter() - loop.began
+    totals = loop.totals(together=False, wait=True)  # the others have left
+    book.reached(loop.number, "test", {key: result[key] for key in result if key.startswith(("t2v_", "v2t_", "acc"))})
     result |= {
         **totals,
         **provenance(recipe.data, recipe.data),
@@ -374,7 +380,7 @@ def run(options: Options, size: str, command: str) -> int:
         "skipped": len(named),
     }
     write(folder / "result.json", json.dumps(result, indent=2))
-    print_result(console, result)
+    print_result(console, result, book.total())
     return 0
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from smaug import device
+from smaug.ledger import Stopwatch
 from smaug.recipe import load, names
 from smaug.run import build
 from smaug.step import training_step
@@ -18,7 +19,6 @@ from smaug.testing import relative_error
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import attention_on_cpu, bench_engine, bench_train_step, parts, plots, timed_train
 from benchmarks.attention_rivals import HEADS, PROVIDERS, WIDTH, Unavailable, lengths_of
-from benchmarks.timing import Stopwatch
 
 del sys.path[0]  # or transformers would take our folder `kernels` for its own package
 
