@@ -48,9 +48,9 @@ def clock(device: torch.device) -> Callable[[], float]:
 
 
 @contextlib.contextmanager
-def in_phases(watch: Stopwatch, **calls: tuple[Any, str]) -> Iterator[None]:
-    """While it is on, these calls, each (owner, name), run in the phase of their keyword, every backward in "backward",
-    and what AdamW does in "optimizer": whatever loop makes them, and however they lie in each other."""
+def in_phases(watch: Stopwatch, **calls: tuple[Any, *tuple[str, ...]]) -> Iterator[None]:
+    """While it is on, these calls, each (owner, names), run in the phase of their keyword, every backward in
+    "backward", and what AdamW does in "optimizer": whatever loop makes them, and however they lie in each other."""
 
     def entered(phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
@@ -61,7 +61,7 @@ def in_phases(watch: Stopwatch, **calls: tuple[Any, str]) -> Iterator[None]:
         return inner
 
     timed = [
-        *((phase, *where) for phase, where in calls.items()),
+        *((phase, owner, name) for phase, (owner, *names) in calls.items() for name in names),
         ("backward", torch.autograd, "backward"),  # Tensor.backward calls it
         ("optimizer", torch.optim.AdamW, "step"),
         ("optimizer", torch.optim.AdamW, "zero_grad"),
