@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from smaug import device
-from smaug.ledger import Stopwatch
 from smaug.recipe import load, names
 from smaug.run import build
 from smaug.step import training_step
@@ -116,17 +115,6 @@ def test_parts(monkeypatch):
     found = parts.times(step, 1, torch.device("cpu"))
     want = {("forward", "toy"), ("forward", "rest"), ("backward", "toy"), ("backward", "rest"), ("optimizer", "rest")}
     assert set(found) == want and all(time > 0 for time in found.values())
-
-
-def test_stopwatch():
-    moments = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0, 28.0, 36.0])
-    watch = Stopwatch(torch.device("cpu"), lambda: next(moments))  # 0
-    with watch.phase("outer"), watch.phase("inner"):  # 1, 3; and back at 6, 10
-        pass
-    assert watch.read() == {"rest": 1 + 5, "outer": 2 + 4, "inner": 3}  # 15
-    with pytest.raises(KeyError), watch.phase("outer"):  # 21 to 28
-        raise KeyError
-    assert watch.read() == {"rest": 6 + 8, "outer": 7}  # 36
 
 
 def test_a_step_in_numbers(monkeypatch, call):
