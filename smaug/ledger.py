@@ -368,14 +368,15 @@ class Flops:
 # --- what a device is and consumes ------------------------------------------------------------------------------------
 
 
-def rate_of(way: device.Way, measured: float) -> tuple[float, str]:
-    """FLOP/s at most, and what that is: of the data sheet for bf16 on a GPU that `cost` knows, else as measured."""
+@functools.cache
+def rate_of(way: device.Way) -> tuple[float, str]:
+    """FLOP/s at most, and what that is: of the data sheet for bf16 on a GPU that `cost` knows, else measured now."""
     if way.device.type == "cuda":
         gpu = cost.of_gpu(torch.cuda.get_device_name(way.device))
         if gpu is not None and way.dtype is torch.bfloat16:
             return gpu.flops, "data sheet, bf16"
     side = 8192 if way.device.type == "cuda" else 1024
-    return measured, f"measured, product of {side} x {side}"
+    return device.matrix_rate(way), f"measured, product of {side} x {side}"
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -416,22 +417,22 @@ class Book:
     """What this turn has cost so far. Each process counts its own; the first one writes what all have."""
 
     def __init__(
-        self, folder: Path, step: Step, way: device.Way, *, at: int, began: float, rate: float, command: str,
-        fast: bool, past: Ledger, graphs: bool = False,
+        self, folder: Path, step: Step, way: device.Way, *, at: int, began: float, command: str, fast: bool,
+        past: Ledger, graphs: bool = False,
     ) -> None:  # fmt: skip
-        """at: steps that were taken before. began: by time.perf_counter, with the set-up. rate: as measured. graphs:
-        whether steps are recorded, which marks inside would spoil."""
+        """at: steps that were taken before. began: by time.perf_counter, before the set-up. graphs: whether steps are
+        recorded, which marks inside would spoil."""
         self.path, self.recipe, self.began, self.past = folder / FILE, step.recipe, began, past
         self.written = [asdict(turn) for turn in past.turns]
         self.results = [asdict(result) for result in past.results]
         self.joules, energy_is = energy(way.device)
-        stated, rate_is = rate_of(way, rate)
+        rate, rate_is = rate_of(way)
         machine = device.describe(way.device)
         self.turn = Turn(
             began=_now(), ended="", from_step=at, to_step=at, machine=machine, device=way.device.type,
             device_name=machine.split(",")[0], way=("--fast: " if fast else "") + way.why,
             dtype=str(way.dtype).removeprefix("torch."), processes=distributed.ranks(), command=command,
-            smaug=smaug.__version__, rate=stated, rate_is=rate_is, energy_is=energy_is,
+            smaug=smaug.__version__, rate=rate, rate_is=rate_is, energy_is=energy_is,
         )  # fmt: skip
         self.device = way.device
         self.flops = Flops(step.recipe, step.model.text.word.num_embeddings, distributed.ranks())

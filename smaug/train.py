@@ -234,8 +234,7 @@ def run(options: Options, size: str, command: str) -> int:
     if begins:  # refuses a start that does not fit before anything is written
         starts = pretrained.load_weights(scratch, recipe.model)
     parameters = sum(p.numel() for p in scratch.parameters())
-    rate = device.matrix_rate(way)
-    seconds = predicted_seconds(scratch, recipe, steps, rate) / ranks
+    seconds = predicted_seconds(scratch, recipe, steps, device.matrix_rate(way)) / ranks
     console.print(
         f"[bold]smaug {smaug.__version__}[/]  recipe {recipe.name}, size {size}, seed {recipe.seed}", markup=True
     )
@@ -341,9 +340,10 @@ def run(options: Options, size: str, command: str) -> int:
         if first:
             named[:] = _name_skipped(console, folder / "skipped.txt", [*clips.skipped, *skips])
 
+    past = ledger.behind(folder, totals) if options.resume else ledger.Ledger((), ())
     book = ledger.Book(
-        folder, step, way, at=int(totals["step"]), began=began, rate=rate, command=command, fast=options.fast,
-        past=ledger.behind(folder, totals) if options.resume else ledger.Ledger((), ()), graphs=options.cuda_graphs,
+        folder, step, way, at=int(totals["step"]), began=began, command=command, fast=options.fast, past=past,
+        graphs=options.cuda_graphs,
     )  # fmt: skip
     loop = Loop(
         options, folder, console, way, step, engine, update, keeper, loader, totals, book,
