@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 import smaug
-from smaug import checkpoint, device, distributed, graphs, ledger, pretrained
+from smaug import checkpoint, device, distributed, graphs, pretrained
 from smaug import recipe as recipes
 from smaug.blocks import checkpoint_blocks, compile_blocks
 from smaug.data.clips import Clips
@@ -33,6 +33,7 @@ from smaug.data.manifest import ManifestError, Skip
 from smaug.data.shapes import DamagedError
 from smaug.data.text import train_tokenizer
 from smaug.evaluate.scores import evaluate, print_result, provenance
+from smaug.ledger import Book, Ledger, behind
 from smaug.loop import Loop
 from smaug.model.fusion import FusionBlock
 from smaug.model.layers import Block
@@ -340,8 +341,8 @@ def run(options: Options, size: str, command: str) -> int:
         if first:
             named[:] = _name_skipped(console, folder / "skipped.txt", [*clips.skipped, *skips])
 
-    past = ledger.behind(folder, totals) if options.resume else ledger.Ledger((), ())
-    book = ledger.Book(
+    past = behind(folder, totals) if options.resume else Ledger((), ())
+    book = Book(
         folder, step, way, at=int(totals["step"]), began=began, command=command, fast=options.fast, past=past,
         graphs=options.cuda_graphs,
     )  # fmt: skip
