@@ -33,7 +33,7 @@ from rich.table import Table
 from benchmarks import parts
 from benchmarks.eager_step import EagerStep, padded
 from benchmarks.launches import Launches
-from benchmarks.timing import Stopwatch, clock, compiled, in_phases, peak_memory
+from benchmarks.timing import clock, compiled, in_phases, peak_memory
 from smaug import cost
 from smaug import device as devices
 from smaug.blocks import checkpoint_blocks, compile_blocks
@@ -41,7 +41,8 @@ from smaug.data.clips import Clips
 from smaug.data.loader import Batch
 from smaug.data.manifest import Sample
 from smaug.data.text import CLS, MASK, PAD, SEP, UNK, word_pieces
-from smaug.loop import count_tokens, out_of_memory
+from smaug.ledger import Stopwatch, count_tokens, encoded
+from smaug.loop import out_of_memory
 from smaug.micro_batches import backward_in_parts
 from smaug.objectives.answer import Answer
 from smaug.optim import Update, adamw
@@ -205,7 +206,7 @@ def measure(options: Options, recipe: Recipe) -> dict[str, Any]:
     for (phase, part), time_ in booked.most_common():
         if phase in within:
             within[phase][part] = phases[phase] * time_ / of_phase[phase]
-    computed, dense_rows = count_tokens(recipe, batch)
+    computed, dense_rows = encoded(count_tokens(recipe, batch))
     found: dict[str, Any] = {
         "recipe": recipe.name,
         "size": options.size,
