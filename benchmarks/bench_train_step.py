@@ -33,19 +33,18 @@ from rich.table import Table
 from benchmarks import parts
 from benchmarks.eager_step import EagerStep, padded
 from benchmarks.launches import Launches
-from benchmarks.timing import Stopwatch, clock, compiled, in_phases, peak_memory
+from benchmarks.timing import clock, compiled, in_phases, peak_memory
+from smaug import cost
 from smaug import device as devices
 from smaug.blocks import checkpoint_blocks, compile_blocks
 from smaug.data.clips import Clips
 from smaug.data.loader import Batch
 from smaug.data.manifest import Sample
 from smaug.data.text import CLS, MASK, PAD, SEP, UNK, word_pieces
-from smaug.loop import count_tokens, out_of_memory
-from smaug.masks import VideoMask
+from smaug.ledger import Stopwatch, count_tokens, encoded
+from smaug.loop import out_of_memory
 from smaug.micro_batches import backward_in_parts
-from smaug.model.video_encoder import PruneConfig
 from smaug.objectives.answer import Answer
-from smaug.objectives.mvm import Mvm
 from smaug.optim import Update, adamw
 from smaug.recipe import Recipe, load
 from smaug.run import build, open_loader, refuse
@@ -54,11 +53,6 @@ from smaug.step import Step, seed_of, text_views, training_step
 VOCABULARY = 200  # about as many pieces as the embedded data set has
 WORDS = [f"w{number}" for number in range(5, VOCABULARY)]
 ON_A_CPU = {"tiny": 32, "small": 8, "base": 4, "large": 2}  # pairs: a step of a few seconds on one core
-# Dense bf16 FLOP/s with fp32 sums, as NVIDIA's data sheets state them, by what the driver calls the GPU.
-STATED = {
-    "A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A6000": 155e12, "L40S": 362e12,
-    "RTX 3090": 71e12, "RTX 4090": 165e12,
-}  # fmt: skip
 
 
 def batch_of(recipe, pairs, device):
@@ -85,17 +79,6 @@ def batch_of(recipe, pairs, device):
     return open_loader(recipe, clips, tokenizer).batch(recipe.optim.steps // 2).to(device)
 
 
-def dense(recipe):
-    """The recipe with every patch in it, and so without mvm."""
-    video = replace(recipe.model.video, prune=PruneConfig())
-    return replace(
-        recipe,
-        model=replace(recipe.model, video=video),
-        video_mask=VideoMask(0.0, recipe.video_mask.kind),
-        objectives={name: o for name, o in recipe.objectives.items() if not isinstance(o, Mvm)},
-    )
-
-
 def loss_of(provider, model, recipe, batch):
     """A function that runs the forward -> the loss."""
     if provider in ("fast", "reference"):
@@ -111,7 +94,7 @@ def loss_of(provider, model, recipe, batch):
 def test_train_step(timed, device, name, dtype, provider):
     recipe, pairs = load(name), 32
     if provider == "eager_dense":
-        recipe = dense(recipe)
+        recipe = cost.dense(recipe)
     batch = batch_of(recipe, pairs, device)
     torch.manual_seed(0)
     model = build(recipe, VOCABULARY, "reference" if provider == "reference" else "auto").to(device)
@@ -223,7 +206,7 @@ def measure(options: Options, recipe: Recipe) -> dict[str, Any]:
     for (phase, part), time_ in booked.most_common():
         if phase in within:
             within[phase][part] = phases[phase] * time_ / of_phase[phase]
-    computed, dense_rows = count_tokens(recipe, batch)
+    computed, dense_rows = encoded(count_tokens(recipe, batch))
     found: dict[str, Any] = {
         "recipe": recipe.name,
         "size": options.size,
@@ -254,10 +237,9 @@ def measure(options: Options, recipe: Recipe) -> dict[str, Any]:
     }
     if way.device.type == "cuda":
         found["busy"] = booked.total() / 1e6 / seconds
-        name = torch.cuda.get_device_name(way.device)
-        stated = next((peak for kind, peak in STATED.items() if kind in name), None)
-        if stated and way.dtype is torch.bfloat16:
-            found |= {"stated_rate": stated, "utilisation_of_stated": flops / seconds / stated}
+        gpu = cost.of_gpu(torch.cuda.get_device_name(way.device))
+        if gpu and way.dtype is torch.bfloat16:
+            found |= {"stated_rate": gpu.flops, "utilisation_of_stated": flops / seconds / gpu.flops}
     return found
 
 

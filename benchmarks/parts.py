@@ -80,7 +80,7 @@ def flops(run: Callable[[], object]) -> tuple[int, Counter[str]]:
 
 def times(step: Callable[[], object], steps: int, device: torch.device) -> Counter[tuple[str, str]]:
     """Self time of torch's operations by (phase, part), in us: on a GPU that of the kernels that they start. Phases are
-    "backward", "optimizer", those of a `timing.Stopwatch`, and of all that is in none "forward".
+    "backward", "optimizer", those of a `ledger.Stopwatch`, and of all that is in none "forward".
 
     An operation of the backward belongs to the part whose forward it undoes; the profiler links the two by sequence
     numbers. The profiler itself costs time, so its times are shares of a step that is timed without it.

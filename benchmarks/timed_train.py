@@ -4,7 +4,7 @@
 
 The loop is the trainer's own. What it calls is timed, and the evaluation at its end is left out. Of each step the first
 process writes the seconds by phase: forward, backward, clipping (with what else `Update` does), optimizer, waiting for
-the batch, saving, and the rest.
+the batch, saving, the ledger (but for the marks between its own phases), and the rest.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from unittest import mock
 
 import torch
 
-from benchmarks.timing import Stopwatch, in_phases
+from benchmarks.timing import in_phases
 from smaug import device, train
 from smaug.data.loader import Batch, Loader
+from smaug.ledger import Book, Stopwatch
 from smaug.loop import Loop
 from smaug.optim import Update
 
@@ -46,8 +47,9 @@ def main() -> int:
         count(loop, batch)
         steps.append(watch.read())  # what follows, a log line or a checkpoint, is the next step's
 
-    calls: dict[str, tuple[Any, str]] = {
+    calls: dict[str, tuple[Any, *tuple[str, ...]]] = {
         "forward": (Loop, "_forward_and_backward"), "clipping": (Update, "__call__"), "saving": (Loop, "_save"),
+        "ledger": (Book, "count", "settle"),
     }  # fmt: skip
     with (
         in_phases(watch, **calls),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -13,7 +12,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._inductor.cpp_builder import get_cpp_compiler
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
+
+from smaug.ledger import Stopwatch
 
 PASSES = ("forward", "backward", "step")  # step is forward and backward together
 
@@ -46,54 +47,10 @@ def clock(device: torch.device) -> Callable[[], float]:
     return time.process_time if alone else time.perf_counter
 
 
-class Stopwatch:
-    """Seconds by phase; outside all phases it is "rest", and a phase within another stops that one's clock.
-
-    On a GPU by events of its stream, so that nothing waits for the device before `read`. To the profiler, if it is on,
-    phases are spans.
-    """
-
-    def __init__(self, device: torch.device, now: Callable[[], float]) -> None:
-        self.cuda, self.now = device.type == "cuda", now
-        self.running = ["rest"]
-        self.marks = [("rest", self._mark())]  # what runs from when on
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        self._switch([*self.running, name])
-        try:
-            with record_function(f"phase {name}"):
-                yield
-        finally:
-            self._switch(self.running[:-1])
-
-    def read(self) -> Counter[str]:
-        """Since the last reading, or the first moment."""
-        self._switch(self.running)
-        if self.cuda:
-            torch.cuda.synchronize()
-        seconds: Counter[str] = Counter()
-        for (name, began), (_, ended) in zip(self.marks, self.marks[1:], strict=False):
-            seconds[name] += began.elapsed_time(ended) / 1e3 if self.cuda else ended - began
-        del self.marks[:-1]
-        return seconds
-
-    def _switch(self, running: list[str]) -> None:
-        self.running = running
-        self.marks.append((running[-1], self._mark()))
-
-    def _mark(self) -> Any:
-        if not self.cuda:
-            return self.now()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
 @contextlib.contextmanager
-def in_phases(watch: Stopwatch, **calls: tuple[Any, str]) -> Iterator[None]:
-    """While it is on, these calls, each (owner, name), run in the phase of their keyword, every backward in "backward",
-    and what AdamW does in "optimizer": whatever loop makes them, and however they lie in each other."""
+def in_phases(watch: Stopwatch, **calls: tuple[Any, *tuple[str, ...]]) -> Iterator[None]:
+    """While it is on, these calls, each (owner, names), run in the phase of their keyword, every backward in
+    "backward", and what AdamW does in "optimizer": whatever loop makes them, and however they lie in each other."""
 
     def entered(phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(call)
@@ -104,7 +61,7 @@ def in_phases(watch: Stopwatch, **calls: tuple[Any, str]) -> Iterator[None]:
         return inner
 
     timed = [
-        *((phase, *where) for phase, where in calls.items()),
+        *((phase, owner, name) for phase, (owner, *names) in calls.items() for name in names),
         ("backward", torch.autograd, "backward"),  # Tensor.backward calls it
         ("optimizer", torch.optim.AdamW, "step"),
         ("optimizer", torch.optim.AdamW, "zero_grad"),

@@ -14,13 +14,21 @@ how far that is off where it can be checked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Literal
 
+import torch
+
+from smaug.device import Way, matrix_rate
+from smaug.masks import TextMask, VideoMask
 from smaug.model.decoder import DecoderConfig
+from smaug.model.frame_selector import FrameSelectorConfig
 from smaug.model.fusion import FusionConfig
-from smaug.model.video_encoder import VideoEncoderConfig
+from smaug.model.video_encoder import PruneConfig, VideoEncoderConfig
 from smaug.objectives.answer import Answer
 from smaug.objectives.mc import Mc
 from smaug.objectives.mlm import Mlm
@@ -509,20 +517,67 @@ class Device:
     flops: float  # a second at most, dense bf16 products summed in fp32
     bandwidth: float  # of its memory, bytes a second
     memory: float  # bytes
+    driver: tuple[str, ...] = ()  # what its driver calls it, without NVIDIA and GeForce
 
 
-# From NVIDIA's data sheets and architecture white papers; rates "with sparsity" are halved.
+# From NVIDIA's data sheets and architecture white papers; rates "with sparsity" are halved. `find_device` takes the
+# first that fits.
 DEVICES = {
     device.name: device
     for device in [
-        Device("A6000", 154.8e12, 768e9, 48e9),  # RTX A6000; GA102 white paper, appendix A
-        Device("4090", 165.2e12, 1008e9, 24e9),  # GeForce RTX 4090; Ada white paper, appendix A
-        Device("A100-80", 312e12, 2039e9, 80e9),  # SXM; A100 data sheet
-        Device("L40S", 362e12, 864e9, 48e9),  # L40S data sheet: 362.05 | 733 with sparsity
-        Device("H100", 989.4e12, 3350e9, 80e9),  # SXM; H100 data sheet: 1,979 with sparsity
-        Device("B200", 2250e12, 7700e9, 180e9),  # HGX B200 data sheet: 4,500 with sparsity, 62 TB/s and 1.44 TB for 8
+        Device("A6000", 154.8e12, 768e9, 48e9, ("RTX A6000",)),  # GA102 white paper, appendix A
+        Device("3090", 71e12, 936e9, 24e9, ("RTX 3090",)),  # likewise
+        Device("4090", 165.2e12, 1008e9, 24e9, ("RTX 4090",)),  # Ada white paper, appendix A
+        Device("A100-80", 312e12, 2039e9, 80e9, ("A100-SXM4-80GB", "A100-SXM-80GB")),  # A100 data sheet
+        Device("A100-80 PCIe", 312e12, 1935e9, 80e9, ("A100 80GB PCIe",)),  # likewise
+        Device("A100-40", 312e12, 1555e9, 40e9, ("A100-SXM4-40GB", "A100-PCIE-40GB")),  # A100 white paper
+        Device("L40S", 362e12, 864e9, 48e9, ("L40S",)),  # L40S data sheet: 362.05 | 733 with sparsity
+        Device("H100", 989.4e12, 3350e9, 80e9, ("H100 80GB HBM3",)),  # SXM; H100 data sheet: 1,979 with sparsity
+        Device("H100 PCIe", 756e12, 2000e9, 80e9, ("H100 PCIe",)),  # H100 data sheet: 1,513 with sparsity
+        Device("H200", 989.4e12, 4800e9, 141e9, ("H200",)),  # H200 data sheet: 1,979 with sparsity
+        # HGX B200 data sheet: 4,500 with sparsity, 62 TB/s and 1.44 TB for 8
+        Device("B200", 2250e12, 7700e9, 180e9, ("B200",)),
     ]
 }
+
+
+def find_device(name: str) -> Device:
+    """By its name in DEVICES, with or without memory, or what its driver calls it; in any case of letters."""
+    asked = _plain(name)
+    for key, device in DEVICES.items():
+        if asked == key.casefold() or asked in map(str.casefold, device.driver):
+            return device
+    for key, device in DEVICES.items():
+        if key.casefold().startswith(f"{asked}-"):  # its memory is not said: the first has more
+            return device
+    near = get_close_matches(asked, [key.casefold() for key in DEVICES], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ValueError(f"there is no GPU {name!r} in the table of smaug.cost{hint} It knows {', '.join(DEVICES)}.")
+
+
+def of_gpu(called: str) -> Device | None:
+    """The device that a driver calls so (`torch.cuda.get_device_name`); none if DEVICES has no such name."""
+    return next((d for d in DEVICES.values() if _plain(called) in map(str.casefold, d.driver)), None)
+
+
+def _plain(name: str) -> str:
+    return name.casefold().strip().removeprefix("nvidia ").removeprefix("geforce ")
+
+
+def calibrate(way: Way, seconds: float = 1.0, now: Callable[[], float] = time.perf_counter) -> Device:
+    """This machine, as it is now: the rate of products in the run's precision, and that of a copy. By the clock `now`,
+    in about so many seconds."""
+    flops = matrix_rate(way, now)
+    a = torch.ones(32 << 20, device=way.device)
+    b, best, began = torch.empty_like(a), 0.0, now()
+    while best == 0.0 or now() - began < seconds / 2:
+        before = now()
+        b.copy_(a)
+        if way.device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * a.nbytes / (now() - before))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Device("this machine", flops, best, memory)
 
 
 @dataclass(frozen=True)
@@ -761,3 +816,18 @@ def step_time(
 def schedule(recipe: Recipe, load: Load, points: int = 20) -> list[Load]:
     """The load at evenly spaced steps of a run: pruning warms up, and at the end nothing may be masked."""
     return [replace(load, step=int(recipe.optim.steps * (i + 0.5) / points)) for i in range(points)]
+
+
+def dense(recipe: Recipe) -> Recipe:
+    """The baseline: the same with every patch, word and frame in it, and so without mvm, which rebuilds what is masked.
+    Words that mlm asks for stay [MASK]ed: that saves nothing."""
+    model = replace(
+        recipe.model, video=replace(recipe.model.video, prune=PruneConfig()), selector=FrameSelectorConfig(keep=0)
+    )
+    return replace(
+        recipe,
+        model=model,
+        video_mask=VideoMask(0.0, recipe.video_mask.kind),
+        text_mask=TextMask(0.0, recipe.text_mask.kind),
+        objectives={name: o for name, o in recipe.objectives.items() if not isinstance(o, Mvm)},
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import json
 import math
 import signal
@@ -25,16 +26,15 @@ from smaug import checkpoint, device, distributed, graphs
 from smaug.data.loader import Batch, Loader
 from smaug.data.manifest import ManifestError, Skip
 from smaug.data.shapes import naming
+from smaug.ledger import BESIDE, FORWARD, REPLAYED, Book, encoded
 from smaug.micro_batches import backward_in_parts
 from smaug.optim import Update, learning_rate
-from smaug.recipe import Recipe
 from smaug.run import progress, write
-from smaug.step import Step, keep_rate, seed_of, text_views, video_mask
+from smaug.step import Step, seed_of
 
 if TYPE_CHECKING:
     from smaug.train import Options
 
-SUMMED = ("clips", "tokens_computed", "tokens_dense", "device_seconds", "data_seconds")  # over all processes
 Score = Callable[[], "dict[str, Any] | None"]
 
 
@@ -43,16 +43,15 @@ class Loop:
 
     def __init__(
         self, options: Options, folder: Path, console: Console, way: device.Way, step: Step, engine: nn.Module,
-        update: Update, keeper: checkpoint.Keeper, loader: Loader, totals: dict[str, float], began: float, score: Score,
+        update: Update, keeper: checkpoint.Keeper, loader: Loader, totals: dict[str, float], book: Book, score: Score,
         note_skipped: Callable[[list[Skip]], object],
     ) -> None:  # fmt: skip
         self.options, self.folder, self.console, self.way = options, folder, console, way
         self.step, self.engine, self.update, self.keeper, self.loader = step, engine, update, keeper, loader
-        self.began, self.score, self.note_skipped, self.recipe = began, score, note_skipped, step.recipe
+        self.book, self.score, self.note_skipped, self.recipe = book, score, note_skipped, step.recipe
+        self.behind, self.phase = totals, book.watch.phase
         self.number = int(totals["step"])  # steps taken
         self.first = distributed.rank() == 0
-        # Each process counts its own; what a resumed run has behind it is the first one's.
-        self.totals = totals if self.first else {**dict.fromkeys(totals, 0.0), "step": totals["step"]}
         self.micro_batch = options.micro_batch or loader.size
         self.graphs = graphs.Graphs(step, way.autocast) if options.cuda_graphs else None
         self.asked = self.stop = False  # to stop; agreed on by all
@@ -70,15 +69,13 @@ class Loop:
             with contextlib.closing(batches):
                 logged_at, clips = time.perf_counter(), 0
                 while self.number < steps and not self.stop:
-                    waiting = time.perf_counter()
                     try:
-                        batch = next(batches)
+                        with self.phase("data"):
+                            batch = next(batches)
                     except ManifestError:  # too many bad files; what was learned until then is kept
                         if saved != self.number and distributed.ranks() == 1:
                             self._save()
                         raise
-                    before = time.perf_counter()
-                    self.totals["data_seconds"] += before - waiting
                     loss, parts = self._step(batch)
                     self._count(batch)
                     clips += len(batch)
@@ -86,8 +83,6 @@ class Loop:
                     if log_now:
                         self.keeper.check()
                         row = self._read(loss, parts)
-                    self.totals["device_seconds"] += time.perf_counter() - before
-                    if log_now:
                         rate = distributed.ranks() * clips / (time.perf_counter() - logged_at)
                         note(self._row(row, rate))
                         self._judge_skipped(row)
@@ -119,20 +114,26 @@ class Loop:
                     raise
                 said, pairs = str(error).splitlines()[0], min(self.micro_batch, len(batch))
             self._make_room(pairs, said)
-        self.update(self.number)
+        with self.phase("optimizer"):
+            self.update(self.number)
         return loss, parts
 
     def _forward_and_backward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         if self.graphs is not None:
-            return self.graphs(batch)
-        if self.micro_batch < len(batch):
-            loss, parts = backward_in_parts(self.step, batch, self.micro_batch, self.way.autocast)
-            if self.engine is not self.step:
-                distributed.average_gradients(self.update.parameters)  # the engine has not seen these backwards
-            return loss, parts
-        with self.way.autocast():
-            loss, parts = self.engine(batch)
-        loss.backward(seed_of(loss))
+            with self.phase(REPLAYED):
+                return self.graphs(batch)
+        with self.phase(FORWARD):
+            going_back = functools.partial(self.phase, "backward")
+            if self.micro_batch < len(batch):
+                loss, parts = backward_in_parts(self.step, batch, self.micro_batch, self.way.autocast, going_back)
+                if self.engine is not self.step:
+                    with going_back():
+                        distributed.average_gradients(self.update.parameters)  # the engine has not seen these backwards
+                return loss, parts
+            with self.way.autocast():
+                loss, parts = self.engine(batch)
+            with going_back():
+                loss.backward(seed_of(loss))
         return loss, parts
 
     def _make_room(self, pairs: int, said: str) -> None:
@@ -156,12 +157,9 @@ class Loop:
         )  # fmt: skip
 
     def _count(self, batch: Batch) -> None:
-        computed, dense = count_tokens(self.recipe, batch)
         self.number += 1
         self.names.append((self.number, batch.names))
-        self.totals["step"] = self.number
-        for key, value in (("clips", len(batch)), ("tokens_computed", computed), ("tokens_dense", dense)):
-            self.totals[key] += value
+        self.book.count(batch)
 
     def _read(self, loss: Tensor, parts: dict[str, Tensor]) -> dict[str, float]:
         """The one place of the loop where the host waits for the device, and the processes for each other."""
@@ -178,15 +176,21 @@ class Loop:
             "in_a_row": in_a_row,
         }  # fmt: skip
 
-    def totals_of_all(self) -> dict[str, float]:
-        """All processes have to ask."""
-        own = torch.tensor([self.totals[key] for key in SUMMED], dtype=torch.float64)
-        summed = distributed.total(own.to(self.way.device)).tolist()
-        return {**self.totals, **dict(zip(SUMMED, summed, strict=True))}
+    def totals(self, **how: bool) -> dict[str, float]:
+        """Of all processes, on the way to this step: what a kill has made to be done again is in the ledger alone. All
+        have to ask, as for `Book.settle`."""
+        turn = self.book.settle(self.number, **how)
+        computed, dense = encoded(turn.tokens)
+        found = {
+            "clips": turn.clips, "tokens_computed": computed, "tokens_dense": dense,
+            "device_seconds": sum(seconds for phase, seconds in turn.seconds.items() if phase not in BESIDE),
+            "data_seconds": turn.seconds.get("data", 0.0), "wall_seconds": turn.wall_seconds,
+        }  # fmt: skip
+        return {"step": self.number, **{key: self.behind[key] + value for key, value in found.items()}}
 
     def _row(self, read: dict[str, float], rate: float) -> dict[str, float]:
         row = {**read, "clips_per_second": rate} | {
-            k: v for k, v in self.totals_of_all().items() if k not in ("step", "wall_seconds")
+            k: v for k, v in self.totals().items() if k not in ("step", "wall_seconds")
         }
         del row["in_a_row"]
         return row
@@ -217,10 +221,13 @@ class Loop:
 
     def _score(self) -> dict[str, float]:
         """Evaluates, and saves with the score that tells which checkpoint is the best."""
-        result = distributed.tell(self.score())
-        found = {f"val_{key}": value for key, value in result.items() if key in ("t2v_r1", "v2t_r1", "acc")}
+        with self.phase("evaluation"):
+            result = distributed.tell(self.score())
+        reached = {key: value for key, value in result.items() if key in ("t2v_r1", "v2t_r1", "acc")}
+        found = {f"val_{key}": value for key, value in reached.items()}
         name, score = next(iter(found.items()))
         self._save(score)
+        self.book.reached(self.number, "val", reached)
         self.console.print(f"step {self.number}  {name} {score:.1%}", highlight=False)
         return {"step": self.number, **found}
 
@@ -229,13 +236,11 @@ class Loop:
         return [skip for several in distributed.collect(list(self.loader.skipped.values())) for skip in several]
 
     def _save(self, score: float | None = None) -> None:
-        now = time.perf_counter()
-        self.totals["wall_seconds"] += now - self.began
-        self.began = now
-        self.note_skipped(self._skips())
-        state = {"totals": self.totals_of_all(), "nonfinite": self.update.nonfinite()}
-        update, model = self.update, self.step.model
-        self.keeper.save(self.number, model, update.optimizer, state, update.ema or None, score)
+        with self.phase("checkpoint"):
+            self.note_skipped(self._skips())
+            state = {"totals": self.totals(), "nonfinite": self.update.nonfinite()}
+            update, model = self.update, self.step.model
+            self.keeper.save(self.number, model, update.optimizer, state, update.ema or None, score)
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
@@ -246,7 +251,8 @@ class Loop:
             with contextlib.suppress(OSError):  # the first error is the one to tell
                 self.keeper.wait()
             raise
-        self.keeper.wait()
+        with self.phase("checkpoint"):
+            self.keeper.wait()
 
     @contextlib.contextmanager
     def _open_log(self, start: int, steps: int) -> Iterator[Callable[[dict[str, float]], None]]:
@@ -323,26 +329,3 @@ def _cut(path: Path, step: int) -> None:
             line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
         ]
         write(path, "".join(row + "\n" for row in rows))
-
-
-def count_tokens(recipe: Recipe, batch: Batch) -> tuple[int, int]:
-    """Rows that the encoders compute for a batch, and rows if nothing were masked or pruned; a mean over the blocks."""
-    video, mask, rate = recipe.model.video, video_mask(recipe, batch.step), keep_rate(recipe, batch.step)
-    computed, dense = 0.0, 0
-    for group in batch.groups:
-        times = video.times(group.video.shape[1])
-        sequences = len(group.samples) * video.sequences(group.video.shape[1])
-        kept = len(group.samples) * mask.keep(times, video.patches) // sequences
-        rows = []
-        fused = 0
-        for block in range(video.depth):
-            if block in video.prune.blocks:
-                stay = video.prune.count(kept, rate)
-                fused += stay < kept and video.prune.fuse != "none"
-                kept = stay
-            rows.append(sequences * (1 + kept + fused))
-        computed += sum(rows) / len(rows)
-        dense += sequences + len(group.samples) * times * video.patches
-    views = {id(view): view for view in text_views(recipe, batch).values()}
-    whole = [batch.options if view is batch.options else batch.words for view in views.values()]
-    return round(computed) + sum(v.rows for v in views.values()), dense + sum(w.rows for w in whole if w is not None)

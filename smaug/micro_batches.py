@@ -27,12 +27,14 @@ Visible = list[tuple[Tensor, Tensor]]  # (video, ids_keep) by group
 
 
 def backward_in_parts(
-    step: Step, batch: Batch, pairs: int, precision: Callable[[], AbstractContextManager[object]] = nullcontext
-) -> tuple[Tensor, dict[str, Tensor]]:
+    step: Step, batch: Batch, pairs: int, precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+    going_back: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The loss of `training_step` and its parts, with the gradients of all parameters accumulated.
 
     pairs: how many are encoded at once. The lengths of texts must be known to the host. precision: the autocast of the
     forwards; a backward within it would compute in bf16 what the forward computed in fp32, such as the contrast.
+    going_back: what backwards run in, a clock's phase.
     """
     removed, visible = draw_masks(step.model, step.recipe, batch)
     views = text_views(step.recipe, batch)
@@ -47,7 +49,8 @@ def backward_in_parts(
     leaves = [torch.cat(same).requires_grad_() for same in zip(*tensors, strict=True)]
     with precision():
         loss, means = step.judge(batch, removed, _joined(parts, leaves))
-    loss.backward(seed_of(loss))
+    with going_back():
+        loss.backward(seed_of(loss))
     sizes = [[len(x) for x in same] for same in zip(*tensors, strict=True)]
     grads = [leaf.grad.split(each) if leaf.grad is not None else None for leaf, each in zip(leaves, sizes, strict=True)]
     del parts, tensors, leaves
@@ -55,7 +58,8 @@ def backward_in_parts(
         with precision():
             outputs = _tensors(step.encode(*one))
         flows = [(x, grad[number]) for x, grad in zip(outputs, grads, strict=True) if grad is not None]
-        torch.autograd.backward([x for x, _ in flows], [grad for _, grad in flows])
+        with going_back():
+            torch.autograd.backward([x for x, _ in flows], [grad for _, grad in flows])
     return loss.detach(), means
 
 

@@ -33,6 +33,7 @@ from smaug.data.manifest import ManifestError, Skip
 from smaug.data.shapes import DamagedError
 from smaug.data.text import train_tokenizer
 from smaug.evaluate.scores import evaluate, print_result, provenance
+from smaug.ledger import Book, Ledger, behind
 from smaug.loop import Loop
 from smaug.model.fusion import FusionBlock
 from smaug.model.layers import Block
@@ -340,8 +341,13 @@ def run(options: Options, size: str, command: str) -> int:
         if first:
             named[:] = _name_skipped(console, folder / "skipped.txt", [*clips.skipped, *skips])
 
+    past = behind(folder, totals) if options.resume else Ledger((), ())
+    book = Book(
+        folder, step, way, at=int(totals["step"]), began=began, command=command, fast=options.fast, past=past,
+        graphs=options.cuda_graphs,
+    )  # fmt: skip
     loop = Loop(
-        options, folder, console, way, step, engine, update, keeper, loader, totals, began,
+        options, folder, console, way, step, engine, update, keeper, loader, totals, book,
         score=lambda: score(chosen_on), note_skipped=name_skipped,
     )  # fmt: skip
     try:
@@ -349,7 +355,7 @@ def run(options: Options, size: str, command: str) -> int:
     except ManifestError:  # a run that too many bad files end names all of them, too
         name_skipped(list(loader.skipped.values()))
         raise
-    totals = loop.totals_of_all()
+    totals = loop.totals(wait=True)
     if not finished:
         console.print(f"stopped at step {totals['step']:.0f} and saved; go on with:", highlight=False)
         console.print(
@@ -357,11 +363,12 @@ def run(options: Options, size: str, command: str) -> int:
         )
         return 0
 
-    with reporting(console) as report:
+    with reporting(console) as report, book.watch.phase("evaluation"):
         result = score(held_out, report)
     if result is None:
         return 0
-    totals["wall_seconds"] += time.perf_counter() - loop.began
+    totals = loop.totals(together=False, wait=True)  # the others have left
+    book.reached(loop.number, "test", {key: result[key] for key in result if key.startswith(("t2v_", "v2t_", "acc"))})
     result |= {
         **totals,
         **provenance(recipe.data, recipe.data),
@@ -374,7 +381,7 @@ def run(options: Options, size: str, command: str) -> int:
         "skipped": len(named),
     }
     write(folder / "result.json", json.dumps(result, indent=2))
-    print_result(console, result)
+    print_result(console, result, book.total())
     return 0
 
 

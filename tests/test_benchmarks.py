@@ -18,7 +18,6 @@ from smaug.testing import relative_error
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import attention_on_cpu, bench_engine, bench_train_step, parts, plots, timed_train
 from benchmarks.attention_rivals import HEADS, PROVIDERS, WIDTH, Unavailable, lengths_of
-from benchmarks.timing import Stopwatch
 
 del sys.path[0]  # or transformers would take our folder `kernels` for its own package
 
@@ -118,17 +117,6 @@ def test_parts(monkeypatch):
     assert set(found) == want and all(time > 0 for time in found.values())
 
 
-def test_stopwatch():
-    moments = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0, 28.0, 36.0])
-    watch = Stopwatch(torch.device("cpu"), lambda: next(moments))  # 0
-    with watch.phase("outer"), watch.phase("inner"):  # 1, 3; and back at 6, 10
-        pass
-    assert watch.read() == {"rest": 1 + 5, "outer": 2 + 4, "inner": 3}  # 15
-    with pytest.raises(KeyError), watch.phase("outer"):  # 21 to 28
-        raise KeyError
-    assert watch.read() == {"rest": 6 + 8, "outer": 7}  # 36
-
-
 def test_a_step_in_numbers(monkeypatch, call):
     monkeypatch.setattr(device, "matrix_rate", lambda way, now: 2e9)
     more = ("--model.video.depth", 1, "--json", "-")
@@ -183,7 +171,7 @@ def test_the_trainer_with_a_clock(call, tmp_path):
     steps = json.loads((tmp_path / "times.json").read_text())["steps"]
     assert len(steps) == 7 and [i for i, step in enumerate(steps) if "saving" in step] == [3, 6]
     for step in steps:
-        assert {"forward", "backward", "clipping", "optimizer", "waiting", "rest"} == set(step) - {"saving"}
+        assert {"forward", "backward", "clipping", "optimizer", "waiting", "ledger", "rest"} == set(step) - {"saving"}
         assert all(seconds >= 0 for seconds in step.values()) and step["backward"] > 0
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1  # the loop is the trainer's own
 
@@ -192,9 +180,10 @@ def test_the_engine_in_a_table():
     """Of the newest call alone, and of runs of one round."""
 
     def rows(began, number, **ms):
-        each = {"one": dict(forward=30, backward=60, clipping=1, optimizer=5, waiting=1, saving=0, rest=ms["one"] - 97)}
+        each = {"one": dict(forward=30, backward=60, clipping=1, optimizer=5, waiting=1, saving=0, ledger=0.5)}
+        each["one"]["rest"] = ms["one"] - 97.5
         each["two"] = each["one"] | {"backward": ms["two"] - 40}
-        each["saving"] = each["one"] | {"saving": 2, "rest": ms["saving"] - 99}
+        each["saving"] = each["one"] | {"saving": 2, "rest": ms["saving"] - 99.5}
         for way, phases in each.items():
             steps = [{phase: value / 1e3 for phase, value in phases.items() if value}] * 10
             options = bench_engine.Options(pairs=4, recipes=("mac",))
@@ -214,6 +203,7 @@ def test_the_engine_in_a_table():
     assert cells["two processes / one"] == ("0.98x", "0.91x to 1.00x", "3")
     assert cells["step outside what computes"] == ("4.0%", "2.0% to 5.9%", "3")
     assert cells["of it waiting for data"] == ("1.0%", "1.0% to 1.0%", "3")
+    assert cells["of it the ledger"] == ("0.50%", "0.49% to 0.51%", "3")
     assert cells["ms that a checkpoint costs in all"] == ("3", "2 to 4", "3")  # each step has a share of a save
     assert cells["ms that stand still for a checkpoint"] == ("2", "2 to 2", "3")
 

@@ -316,3 +316,33 @@ def test_what_cannot_be():
         cost.parts(SMAUG, cost.Load(8, frames=3))
     with pytest.raises(ValueError, match="attend='frame' needs 'even' or 'tube'"):
         cost.parts(changed(SMAUG, video_mask=VideoMask(0.35, "random")), cost.Load(1))
+
+
+@pytest.mark.parametrize(
+    ("said", "means"),
+    [
+        ("a6000", "A6000"), ("a100", "A100-80"), ("4090", "4090"), ("h100", "H100"), ("l40s", "L40S"), ("B200", "B200"),
+        ("NVIDIA GeForce RTX 4090", "4090"), ("NVIDIA A100-SXM4-40GB", "A100-40"), ("h100 pcie", "H100 PCIe"),
+    ],
+)  # fmt: skip
+def test_a_device_is_found_by_its_name(said, means):
+    assert cost.find_device(said) is cost.DEVICES[means]
+
+
+def test_a_device_that_is_not_known():
+    with pytest.raises(ValueError, match=r"no GPU 'a600' in the table.*did you mean 'a6000'.* It knows A6000, 3090"):
+        cost.find_device("a600")
+    with pytest.raises(ValueError, match=r"no GPU '' in the table of smaug.cost. It knows"):
+        cost.find_device("")
+    # others have no such rate, though their names look alike
+    assert all(cost.of_gpu(f"NVIDIA {n}") is None for n in ("GH200 480GB", "RTX 6000 Ada Generation", "RTX A6000 x"))
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_dense_baseline_leaves_nothing_out(name):
+    recipe = cost.dense(load(name, "base"))
+    seen, video = cost._video(recipe, cost.Load(8), cost.FP32), recipe.model.video
+    assert seen.removed == seen.left == 0 and seen.visible == 8 * video.times(video.frames) * video.patches
+    assert all(view.words == 12 for view in cost._views(recipe, cost.Load(8)).values())
+    assert not any("selector" in part or "mvm" in part for part in cost.parts(recipe, cost.Load(8)))
+    assert cost.dense(recipe) == recipe

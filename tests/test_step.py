@@ -27,7 +27,7 @@ from smaug.data import shapes
 from smaug.data.loader import Batch, Loader, VisualGroup
 from smaug.data.text import pack, train_tokenizer
 from smaug.device import choose
-from smaug.loop import count_tokens
+from smaug.ledger import count_tokens, encoded
 from smaug.masks import TextMask, VideoMask
 from smaug.model.video_encoder import PruneConfig
 from smaug.objectives.vtc import VtcHeads
@@ -547,7 +547,7 @@ def test_counted_tokens_are_the_rows_that_ran(setup, step, images):
         assert len(rows["video"]) == recipe.model.video.depth and len(set(rows["text"])) == 1
         return round(sum(rows["video"]) / len(rows["video"])) + rows["text"][0]
 
-    computed, dense = count_tokens(recipe, batch)
+    computed, dense = encoded(count_tokens(recipe, batch))
     assert computed == run(recipe)
     everything = with_prune(dataclasses.replace(recipe, video_mask=VideoMask(0.0, recipe.video_mask.kind)), blocks=())
     assert dense == run(everything)

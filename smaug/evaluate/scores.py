@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from smaug.evaluate.ensemble import Ensemble
 from smaug.evaluate.match import has_match_head
 from smaug.evaluate.questions import Answers, answer_questions, priors
 from smaug.evaluate.retrieval import Retrieval, retrieval
+from smaug.ledger import Turn
 from smaug.model.model import Model
 from smaug.objectives.answer import Answer
 from smaug.recipe import Recipe
@@ -224,9 +226,11 @@ def provenance(trained: DataConfig, evaluated: DataConfig) -> dict[str, Any]:
     return {"trained_on": source_name(trained.manifest) if trained.manifest else "shapes train", "zero_shot": not same}
 
 
-def print_result(console: Console, result: dict[str, Any]) -> None:
+def print_result(console: Console, result: dict[str, Any], spent: Turn | None = None) -> None:
+    """spent: for all of it, by the run's ledger."""
     console.print(_questions_table(result) if "questions" in result else _retrieval_table(result))
-    _print_cost(console, result)
+    if spent is not None:
+        _print_cost(console, spent)
 
 
 def _questions_table(result: dict[str, Any]) -> Table:
@@ -280,19 +284,28 @@ def _cut(result: dict[str, Any]) -> str | None:
     )
 
 
-def _print_cost(console: Console, result: dict[str, Any]) -> None:
-    if "device_seconds" in result:
-        share = result["tokens_computed"] / max(1, result["tokens_dense"])
-        waited = result["data_seconds"] / max(1e-9, result["device_seconds"] + result["data_seconds"])
-        console.print(
-            f"{result['device_seconds'] / 3600:.3f} device-hours ({result['wall_seconds'] / 60:.1f} minutes in all, "
-            f"{waited:.1%} of the training waiting for data) on {result['machine']}",
-            highlight=False,
-        )
-        if waited > 0.05:
-            console.print("decoding is what it waits for: `python -m smaug.data check` says what would make it cheaper")
-        console.print(
-            f"{result['tokens_computed'] / 1e6:.1f} M tokens computed; a dense model would have computed "
-            f"{result['tokens_dense'] / 1e6:.1f} M ({share:.0%})",
-            highlight=False,
-        )
+def _print_cost(console: Console, spent: Turn) -> None:
+    """Four lines: device-hours, where they went, the tokens that were not computed, and FLOPs."""
+    training = max(1e-9, spent.training_seconds)
+    phases: defaultdict[str, float] = defaultdict(float)
+    for name, seconds in spent.seconds.items():
+        phases[name.split(":")[0]] += seconds
+    minutes = f"{spent.wall_seconds / 60:.1f} minutes in all, {phases['evaluation'] / 60:.1f} of them evaluation"
+    lines = [f"{training / 3600:.3f} device-hours of training ({minutes}) on {spent.machine}"]
+    lines += ["  " + ", ".join(f"{name} {s / training:.0%}" for name, s in phases.items() if name != "evaluation")]
+    stages = []
+    for name, stage in spent.tokens.items():
+        every = max(1, sum(stage.values()))
+        avoided = [f"{n / every:.0%} {why}" for why, n in stage.items() if why != "computed" and n]
+        stages.append(f"{name} {stage['computed'] / 1e6:.3g} M" + f" ({', '.join(avoided)})" * bool(avoided))
+    lines += ["  tokens computed, and not: " + ", ".join(stages)]
+    flops = f"{spent.flops:.2g} FLOPs, {spent.flops / max(1, spent.flops_dense):.0%} of a dense model's"
+    if spent.utilisation is not None:
+        flops += f"; {spent.utilisation:.0%} of the device's rate ({spent.rate_is})"
+    if spent.energy_joules is not None:
+        flops += f"; {spent.energy_joules / 3.6e6:.3f} kWh"
+    lines += [f"  {flops}; {spent.peak_bytes / 2**30:.1f} GiB at most"]
+    if phases["data"] > 0.05 * training:
+        lines += ["decoding is what it waits for: `python -m smaug.data check` says what would make it cheaper"]
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
