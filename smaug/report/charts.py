@@ -81,6 +81,7 @@ def scores(runs: Placed, known: Sequence[Published], data: str, marked: Comparis
             x=ends_at, y=[y, y], mode="lines+markers", hoverinfo="skip", line={"color": SOFT, "width": 1},
             marker={"symbol": "line-ns-open", "size": 10, "color": SOFT},
         )  # fmt: skip
+        spent += ends_at
         middle = math.log10(math.prod(ends_at)) / 2
         figure.add_annotation(x=middle, y=y, text=f"{ratio:.2f}x", showarrow=False, yshift=10)
     figure.update_xaxes(title_text="device-hours", **_log(spent, *((0.35, 0.3) if known else (0.12, 0.12))))

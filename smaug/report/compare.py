@@ -55,7 +55,7 @@ def compare(run: Run, base: Run, target: float | None) -> Comparison:
     for one, top in zip((run, base), best, strict=True):
         if top < score:
             refused += f"{'; ' * bool(refused)}{one.name} did not reach it, its best is {top:.1%}"
-        elif one.curve[0].score >= score:
+        elif one.curve[0].score > score:
             warnings += [f"{one.name} was above it at its first evaluation: its cost is a guess, straight from 0"]
     return Comparison(run, base, score, spent, refused, warnings)
 
