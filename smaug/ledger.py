@@ -46,8 +46,8 @@ FILE = "ledger.json"
 
 @dataclass(frozen=True)
 class Turn:
-    """From a start of the run to its end. Numbers are sums over the processes of the turn but for wall_seconds, and for
-    peak_bytes, which is the first one's."""
+    """From a start of the run to its end. Device-seconds, clips, tokens, FLOPs and joules are sums over the processes
+    of the turn; peak_bytes is the first one's."""
 
     began: str  # ISO 8601, UTC
     ended: str  # when this was written
