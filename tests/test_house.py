@@ -193,7 +193,7 @@ def test_sdist_and_wheel_hold_the_house(tmp_path):
     # The copy keeps build/ out of the checkout, and holds no egg-info whose old file list setuptools would trust.
     source = tmp_path / "source"
     pages = (ROOT / "smaug/search/page").iterdir()
-    data = [ROOT / "smaug/py.typed", ROOT / "smaug/visualise/page.html", *pages]
+    data = [ROOT / "smaug/py.typed", *(ROOT / f"smaug/{room}/page.html" for room in ("report", "visualise")), *pages]
     for path in [*house(ROOT).values(), *data]:
         (source / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         (source / path.relative_to(ROOT)).write_bytes(path.read_bytes())
