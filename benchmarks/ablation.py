@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from benchmarks.scaling import HIGH, LOW, given, group, renewed, rows_of
+from benchmarks.scaling import given, group, renewed, rows_of
 from smaug import cost
 from smaug.cost import BF16_GPU, Job, Load, Precision, Work
 from smaug.masks import TextMask, VideoMask
@@ -260,18 +260,18 @@ def hours(run: Counted, efficiency: float = cost.EFFICIENCY, seen: float = SEEN)
 
 
 def share_needed(run: Counted, target: float) -> float:
-    """Of the peak, for so many hours; infinite where bytes and launches alone take longer."""
-    if hours(run, 10.0) > target:
+    """Of the peak, for so many hours; infinite where all of it is too little."""
+    if hours(run, 1.0) > target:
         return float("inf")
-    low, high = 0.0, 10.0
-    for _ in range(20):
+    low, high = 0.0, 1.0
+    for _ in range(16):
         middle = (low + high) / 2
         low, high = (middle, high) if hours(run, middle) > target else (low, middle)
     return high
 
 
 def ranged(run: Counted, seen: float = SEEN) -> str:
-    return "**{:.0f}** ({:.0f} to {:.0f})".format(*(hours(run, e, seen) for e in (cost.EFFICIENCY, HIGH, LOW)))
+    return "**{:.0f}** ({:.0f} to {:.0f})".format(*(hours(run, e, seen) for e in (cost.EFFICIENCY, *cost.RANGE)))
 
 
 def percent(share: float) -> str:
@@ -282,6 +282,7 @@ def percent(share: float) -> str:
 
 
 def rows_table() -> str:
+    most, least = cost.RANGE
     bases = [hours(counted(DENSE, count)) for count in (plain, cost.parts)]
     body: list[list[object]] = []
     for name, recipe, count, *_ in [*ROWS, YARDSTICK]:
@@ -296,7 +297,7 @@ def rows_table() -> str:
         )  # fmt: skip
     return rows_of(
         "| prediction | GFLOP of a pair | MB moved at least (hours for these alone) | MB kept | A6000-hours at "
-        f"{cost.EFFICIENCY:.0%} of the peak ({HIGH:.0%} to {LOW:.0%}) | plain dense / this | recipe `dense` / this |",
+        f"{cost.EFFICIENCY:.0%} of the peak ({most:.0%} to {least:.0%}) | plain dense / this | recipe `dense` / this |",
         body,
     )
 
@@ -550,7 +551,7 @@ def draw(path: Path) -> None:
     axes.set_ylim(len(shown) - 0.5, -1)
     axes.set_xlabel(
         f"A6000-hours of 5 M pairs x 10 epochs: a prediction at {cost.EFFICIENCY:.0%} of the peak "
-        f"(x {cost.EFFICIENCY / HIGH:.1f} at {HIGH:.0%}, x {cost.EFFICIENCY / LOW:.1f} at {LOW:.0%})"
+        f"({', '.join(f'x {cost.EFFICIENCY / share:.1f} at {share:.0%}' for share in cost.RANGE)})"
     )
     axes.legend(frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)

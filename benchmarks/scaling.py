@@ -24,6 +24,7 @@ import tyro
 from benchmarks.bench_train_step import VOCABULARY, batch_of
 from smaug import calibration, cost, device
 from smaug.cost import BF16_CPU, CLUSTERS, FP32, RAW, REENCODED, Clips, Device, Job, Load, Work
+from smaug.estimate import entering
 from smaug.optim import Update
 from smaug.recipe import Recipe, load
 from smaug.run import build, refuse, write
@@ -39,7 +40,7 @@ COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 @dataclass(frozen=True)
 class Options:
     measure: bool = False  # time the steps again
-    rounds: int = 9  # of the interleaved steps and calibrations; medians count
+    rounds: int = 5  # of the interleaved steps and calibrations; medians count
     seconds: float = 5.0  # of each calibration
 
 
@@ -119,7 +120,7 @@ def stepper(recipe: Recipe, pairs: int, way: device.Way) -> Callable[[], float]:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 WORDS = 16.0  # of a caption, [CLS] and [SEP] included: an assumption for web captions
-LOW, HIGH = 0.10, 0.43  # the published range of the share of the peak, see cost.EFFICIENCY
+HIGH = cost.RANGE[0]
 FAILURES = 419 / (54 * 24 * 16384)  # a GPU-hour: Llama 3 405B on H100, Grattafiori et al. 2024, section 3.3.4
 RESTART = 300.0  # seconds from a failure to the first step: an assumption
 EVERY = 600.0  # seconds between checkpoints
@@ -175,12 +176,13 @@ def cells(work: Work, whole: Work) -> str:
 
 
 def blocks_table() -> str:
-    counted = cost.parts(load("smaug", "base"), given(128))
-    video = load("smaug", "base").model.video
+    recipe = load("smaug", "base")
+    each, video = given(128, step=recipe.optim.steps // 2), recipe.model.video
+    counted, enters = cost.parts(recipe, each), entering(recipe, each)
     body: list[list[object]] = []
     for number in range(video.depth):
         work = counted[f"video block {number}"]
-        rows = work.enters / (2 * video.width * 128 * video.sequences(video.frames))
+        rows = enters[number] / video.sequences(video.frames)
         body.append([number, f"{rows:.0f}", f"{work.step_flops / 128e9:.1f}", f"{work.saved / 128e6:.1f}"])
     return rows_of("| video block | tokens of a frame that enter | prediction: GFLOP of a pair | MB kept |", body)
 
@@ -214,7 +216,7 @@ def scaling_table(name: str, size: str, kind: str, pairs: Callable[[int], int], 
             [
                 gpus, each, *(ms(x) for x in (found.compute, found.gather, found.reduce, found.decode, found.storage)),
                 f"**{ms(found.step)}**", f"{rate:,.0f}", f"{rate / alone / gpus:.0%}", found.limit,
-                fits(sum(cost.memory(counted, job).values()), cluster.device),
+                fits(needed(recipe, given_each, job), cluster.device),
             ]
         )  # fmt: skip
     return rows_of(
@@ -222,6 +224,11 @@ def scaling_table(name: str, size: str, kind: str, pairs: Callable[[int], int], 
         "clips/s | of linear | limit | GB |",
         body,
     )
+
+
+def needed(recipe: Recipe, each: Load, job: Job) -> float:
+    """Bytes of a GPU at the first step, when nothing is pruned yet."""
+    return sum(cost.memory(cost.parts(recipe, replace(each, step=0)), job).values())
 
 
 def fits(needed: float, gpu: Device) -> str:
@@ -236,7 +243,7 @@ def memory_table() -> str:
     body: list[list[object]] = []
     for name, size in (("smaug", "base"), ("dense", "base"), ("smaug", "large")):
         for pairs in (32, 128, 256):
-            counted = cost.parts(load(name, size), given(pairs, 8))
+            counted = cost.parts(load(name, size), given(pairs, 8, step=0))
             row: list[object] = [f"`{name}`, {size}", pairs]
             for job in (Job(8), Job(8, shard=True), Job(8, checkpoint_blocks=True)):
                 found = cost.memory(counted, job)
@@ -256,7 +263,7 @@ def shard_table() -> str:
             each = given(64, gpus)
             counted = cost.parts(load("smaug", size), each)
             times = [cost.step_time(counted, each, Job(gpus, shard=s), CLUSTERS[kind]) for s in (False, True)]
-            sizes = [sum(cost.memory(counted, Job(gpus, shard=s)).values()) / 1e9 for s in (False, True)]
+            sizes = [needed(load("smaug", size), each, Job(gpus, shard=s)) / 1e9 for s in (False, True)]
             body.append(
                 [f"{size}, {gpus} x {kind}", *(ms(t.gpu) for t in times), *(ms(t.gather + t.reduce) for t in times),
                  *(f"{x:.1f}" for x in sizes)]
@@ -340,7 +347,7 @@ def hours(stage: Stage) -> tuple[list[float], dict[Clips, float]]:
     def whole(each: list[float]) -> float:
         return steps * sum(each) / len(each) / 3600
 
-    fed = [whole([t.gpu for t in times(e, REENCODED)]) for e in (cost.EFFICIENCY, HIGH, LOW)]
+    fed = [whole([t.gpu for t in times(e, REENCODED)]) for e in (cost.EFFICIENCY, *cost.RANGE)]
     return fed, {clips: whole([t.step for t in times(cost.EFFICIENCY, clips)]) for clips in (RAW, REENCODED)}
 
 

@@ -18,7 +18,6 @@ import functools
 import itertools
 import math
 import os
-import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -27,7 +26,7 @@ from typing import Literal
 
 import torch
 
-from smaug.device import Way, matrix_rate
+from smaug.device import Way, copy_rate, matrix_rate
 from smaug.masks import TextMask, VideoMask
 from smaug.model.decoder import DecoderConfig
 from smaug.model.frame_selector import FrameSelectorConfig
@@ -71,11 +70,14 @@ class Work:
         return self.flops + self.backward_flops
 
 
+NUMBERS = [f.name for f in fields(Work) if f.name != "amounts"]
+
+
 def total(works: Iterable[Work]) -> Work:
     works, amounts = list(works), Counter[str]()
     for work in works:
         amounts.update(work.amounts)
-    sums = {f.name: sum(getattr(work, f.name) for work in works) for f in fields(Work) if f.name != "amounts"}
+    sums = {name: sum(getattr(work, name) for work in works) for name in NUMBERS}
     return Work(**sums, amounts=amounts)
 
 
@@ -621,23 +623,16 @@ def _plain(name: str) -> str:
 
 @functools.cache  # a machine stays what it is
 def calibrate(way: Way, seconds: float = 5.0) -> Device:
-    """This machine, measured in about so many seconds, at least one: the rates of `smaug.calibration`, which set the
-    times on a CPU, and those of one product and one copy."""
-    a, best = torch.ones(16 << 20, device=way.device), 0.0
-    b = torch.empty_like(a)
-    for _ in range(4):
-        before = time.perf_counter()
-        b.copy_(a)
-        if way.device.type == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, 2 * a.nbytes / (time.perf_counter() - before))
+    """This machine, measured in about so many seconds: the rates of `smaug.calibration`, which set the times on a CPU,
+    and those of one product and one copy."""
+    flops, copied = matrix_rate(way), copy_rate(way.device)
     if way.device.type == "cuda":
         found = torch.cuda.get_device_properties(way.device)
-        return Device(found.name, matrix_rate(way), best, found.total_memory)
+        return Device(found.name, flops, copied, found.total_memory)
     from smaug.calibration import rates  # it times what is counted here
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("this machine", matrix_rate(way), best, memory, rates=rates(way, seconds))
+    return Device("this machine", flops, copied, memory, rates=rates(way, seconds))
 
 
 @dataclass(frozen=True)
@@ -681,8 +676,9 @@ CLUSTERS = {
 # Of the peak rate, by what is not bound by memory. Nobody has measured this project on a GPU. Published, for training:
 # 0.43 ViT-g/14 on 8 A100, 0.28 on 8 H100 (NVIDIA NeMo's pages: 693 and 1,428 images/s), 0.16 to 0.23 ViT-S compiled and
 # 0.05 eager on an H100 (NVIDIA BioNeMo, nvSubquadratic), 0.09 Singularity and 0.10 MAE ViT-L as they published their
-# hours (docs/scaling.md). So this is a guess in the middle of 0.05 to 0.43.
+# hours (docs/scaling.md). So this is a guess in the middle.
 EFFICIENCY = 0.25
+RANGE = (0.43, 0.10)  # of most of what is published
 LAUNCH = 6e-6  # seconds of the host for each kernel that eager PyTorch starts; an assumption
 
 
@@ -864,6 +860,10 @@ def step_time(
     the host that starts its kernels one by one, as it does without compiled blocks and CUDA graphs.
     """
     forward, backward, optimiser = computing(counted, cluster.device, job, efficiency)
+    # What the host needs, a third of it in the forward (an assumption). AdamW comes after it, since it waits for the
+    # norm of all gradients; and gradients hide behind a backward that waits for the host, too.
+    host = launch * sum(work.launches for work in counted.values())
+    forward, backward = max(forward, host / 3), max(backward, host * 2 / 3)
     talks = collectives(counted, load, job, embed_dim)
     takes = {name: talk.seconds(job.gpus, cluster) for name, talk in talks.items()}
     one = {name: takes[name] / talk.count for name, talk in talks.items()}  # nothing hides the first, or the last
@@ -883,7 +883,7 @@ def step_time(
     inside = min(job.gpus, cluster.per_machine)
     on_machine, part = load.pairs * inside, inside / cluster.per_machine
     return StepTime(
-        compute=max(forward + backward + optimiser, total(counted.values()).launches * launch),
+        compute=forward + backward + optimiser,
         gather=gather,
         reduce=reduce,
         decode=on_machine * clips.core_seconds / (cluster.cores * part),  # a GPU's share of the cores

@@ -33,7 +33,7 @@ from rich.table import Table
 from smaug import cost
 from smaug import device as devices
 from smaug import recipe as recipes
-from smaug.cost import CLUSTERS, IB200, PCIE4, Cluster, Device, Job, Load, Work
+from smaug.cost import CLUSTERS, IB200, PCIE4, RANGE, Cluster, Device, Job, Load, Work
 from smaug.model.model import SIZES
 from smaug.objectives.answer import Answer
 from smaug.objectives.mc import Mc
@@ -44,7 +44,6 @@ from smaug.run import refuse, warn, write
 from smaug.step import keep_rate, video_mask
 from smaug.train import DEFAULT_RECIPE
 
-RANGE = (0.43, 0.10)  # of the peak: the most and the least that is published for training, see cost.EFFICIENCY
 PREDICTION = "PREDICTION, from counted FLOPs and bytes: nobody measured it."
 LIKE = {"3090": "4090", "A100-40": "A100-80", "H200": "H100"}  # whose machine is taken; of other GPUs an A6000's
 CLIPS = {"reencoded": cost.REENCODED, "raw": cost.RAW}
@@ -149,7 +148,8 @@ def machines(options: Options) -> list[Machine]:
         rates = (
             "A part takes the longer of what its FLOPs and its bytes need (roofline). "
             f"Products reach {options.efficiency:.0%} of the {device.flops / 1e12:.0f} TFLOP/s of the data sheet "
-            f"(dense bf16): a guess, as {RANGE[1]:.0%} to {RANGE[0]:.0%} is published for training. Memory reaches its "
+            f"(dense bf16): a guess, as {RANGE[1]:.0%} to {RANGE[0]:.0%} is most of what is published for training, "
+            "and some is 5%. Memory reaches its "
             f"{device.bandwidth / 1e9:,.0f} GB/s. The host takes {1e6 * cost.LAUNCH:.0f} us to start a kernel."
         )
         clips = CLIPS[options.clips]
@@ -210,10 +210,10 @@ class Side:
 
     @property
     def whole(self) -> Row:
-        """A step."""
+        """A step; its bytes are those of memory, not of links."""
         whole = Row()
         for row in self.rows.values():
-            whole.add(row)
+            whole.add(replace(row, bytes=0.0) if "links" in row.bound else row)
         whole.bound = dict(sorted(whole.bound.items(), key=lambda item: -item[1]))
         return whole
 
@@ -456,7 +456,7 @@ def too_large(found: Estimate) -> list[str]:
     pairs = options.batch // options.gpus
     while pairs > 1 and needs(pairs=pairs * options.gpus) > room:
         pairs //= 2
-    fits = f"--data.batch {pairs * options.gpus} fits, as does `smaug.train --micro-batch {pairs}`"
+    fits = f"--data.batch {pairs * options.gpus} fits"
     return [f"{said}; {fits if needs(pairs=pairs * options.gpus) <= room else 'not even one pair fits'}"]
 
 
@@ -482,6 +482,8 @@ def number(x: float) -> str:
     """Three digits, or all before the point; empty for nothing."""
     if x == 0:
         return ""
+    if x < 0.001:
+        return f"{x:.1g}"
     digits = 0 if x >= 99.95 else 1 if x >= 9.995 else 2 if x >= 0.9995 else 3
     return f"{x:,.{digits}f}"
 

@@ -243,7 +243,7 @@ def run(options: Options, size: str, command: str) -> int:
     console.print(f"model      {parameters / 1e6:.2f} M parameters", highlight=False)
     console.print(
         f"predicted  {f'{seconds:.0f} s' if seconds < 100 else f'{seconds / 60:.1f} minutes'} of training for {steps} "
-        f"steps, without data and evaluation ({why})",
+        f"steps, without data{', messages' if ranks > 1 else ''} and evaluation ({why})",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     if options.cuda_graphs:
@@ -460,10 +460,11 @@ def _tokenizer(folder: Path, clips: Clips, options: Options, first: bool) -> Tok
 def predicted_seconds(
     recipe: Recipe, steps: int, way: device.Way, ranks: int, vocabulary: int, again: bool
 ) -> tuple[float, str]:
-    """Of the first `steps` of a run's schedule, and what that is from. again: the backward computes blocks again."""
+    """Of the first `steps` of a run's schedule, and what that is from. again: the backward computes blocks again. What
+    processes tell each other is left out."""
     pairs = max(1, recipe.data.batch // ranks)
     if way.device.type == "cuda":
-        gpu = cost.of_gpu(torch.cuda.get_device_name(way.device))
+        gpu = cost.of_gpu(torch.cuda.get_device_name(way.device)) if way.dtype == torch.bfloat16 else None
         whose = "of its data sheet" if gpu else "of a product"
         gpu, share, launch = gpu or cost.calibrate(way), cost.EFFICIENCY, cost.LAUNCH
         why = f"a prediction, from counted FLOPs at {share:.0%} of the {gpu.flops / 1e12:.0f} TFLOP/s {whose}"
@@ -476,7 +477,7 @@ def predicted_seconds(
     for load in cost.schedule(recipe, cost.Load(pairs, world=ranks), steps=steps):
         counted = cost.parts(recipe, load, vocabulary=vocabulary, precision=precision)
         computed = sum(cost.computing(counted, gpu, cost.Job(checkpoint_blocks=again), share))
-        each.append(max(computed, launch * cost.total(counted.values()).launches))
+        each.append(max(computed, launch * sum(work.launches for work in counted.values())))
     return steps * sum(each) / len(each), why
 
 

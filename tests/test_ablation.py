@@ -114,6 +114,7 @@ def test_hours_and_shares_of_the_peak():
     assert ablation.first(lambda pairs: pairs < 77) == 77
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_code_says():
     page, found = ablation.PAGE.read_text(), ablation.tables()
     assert scaling.renewed(page, found) == page

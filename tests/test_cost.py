@@ -294,8 +294,21 @@ def test_where_scaling_stops():
     assert found(8, 128, A6000).limit == "collectives"
     assert found(128, 8, A100, clips=cost.RAW, efficiency=0.43).limit == "decoding"
     assert found(128, 8, A100, clips=cost.Clips("huge", 1e9, 0.0)).limit == "storage"
-    slow = found(1, 1, A100, launch=1e-3)
-    assert slow.compute == pytest.approx(1e-3 * cost.total(cost.parts(recipe, cost.Load(1)).values()).launches)
+    slow, counted = found(1, 1, A100, launch=1e-3), cost.parts(recipe, cost.Load(1))
+    adamw = cost.computing(counted, A100.device, cost.Job())[2]  # waits for the host, too
+    assert slow.compute == pytest.approx(1e-3 * cost.total(counted.values()).launches + adamw)
+
+
+@pytest.mark.parametrize("kind", ["A6000", "H100"])
+def test_a_faster_gpu_is_never_slower(kind):
+    """8 pairs on each of 128: the host is the limit, and gradients hide behind a backward that waits for it."""
+    recipe, load_of_one = load("smaug", "base"), cost.Load(8, world=128)
+    counted = cost.parts(recipe, load_of_one)
+    steps = [
+        cost.step_time(counted, load_of_one, cost.Job(128), cost.CLUSTERS[kind], efficiency=share).step
+        for share in (0.05, 0.1, 0.2, 0.25, 0.43, 1.0)
+    ]
+    assert steps == sorted(steps, reverse=True) and steps[0] > steps[-1]
 
 
 def test_what_travels():

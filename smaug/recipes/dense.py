@@ -1,6 +1,7 @@
 """dense: the baseline. SMAUG's encoder with nothing masked but mlm's words, nothing pruned, every frame fused.
 
-Ours, as the yardstick of the time-to-result benchmark: the same sizes, speed path, optimiser and number of frames.
+Ours, as the yardstick of the time-to-result benchmark: the same sizes, speed path and optimiser, and four moments
+of a clip. SMAUG's own recipe has as many, but two at tiny.
 
     python -m smaug.train dense --fast
 """
