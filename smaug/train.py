@@ -58,6 +58,7 @@ from smaug.step import Step
 
 DEFAULT_RECIPE = "smaug"
 SHOWN = 20  # skipped files on the terminal; skipped.txt has them all
+SHORT = 3.0  # seconds of nothing but products, below which the time of a run on a CPU is not told
 
 
 @dataclass(frozen=True)
@@ -241,9 +242,10 @@ def run(options: Options, size: str, command: str) -> int:
     console.print(f"machine    {device.describe(way.device)}", highlight=False)
     console.print(f"way        {'--fast: ' if options.fast else ''}{way.why}", highlight=False)
     console.print(f"model      {parameters / 1e6:.2f} M parameters", highlight=False)
+    told = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} minutes"
     console.print(
-        f"predicted  {f'{seconds:.0f} s' if seconds < 100 else f'{seconds / 60:.1f} minutes'} of training for {steps} "
-        f"steps, without data{', messages' if ranks > 1 else ''} and evaluation ({why})",
+        f"predicted  {told if why else 'under a minute'} of training for {steps} steps, without "
+        f"data{', messages' if ranks > 1 else ''} and evaluation{why and f' ({why})'}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     if options.cuda_graphs:
@@ -460,22 +462,26 @@ def _tokenizer(folder: Path, clips: Clips, options: Options, first: bool) -> Tok
 def predicted_seconds(
     recipe: Recipe, steps: int, way: device.Way, ranks: int, vocabulary: int, again: bool
 ) -> tuple[float, str]:
-    """Of the first `steps` of a run's schedule, and what that is from. again: the backward computes blocks again. What
-    processes tell each other is left out."""
+    """Of the first `steps` of a run's schedule, and what that is from: "" on a CPU for a run so short that to calibrate
+    would take as long. again: the backward computes blocks again. What processes tell each other is left out."""
     pairs = max(1, recipe.data.batch // ranks)
+    bf16 = cost.BF16_GPU if way.device.type == "cuda" else cost.BF16_CPU
+    precision = cost.FP32 if way.dtype == torch.float32 else bf16
+    loads = cost.schedule(recipe, cost.Load(pairs, world=ranks), steps=steps)
+    counts = [cost.parts(recipe, load, vocabulary=vocabulary, precision=precision) for load in loads]
     if way.device.type == "cuda":
         gpu = cost.of_gpu(torch.cuda.get_device_name(way.device)) if way.dtype == torch.bfloat16 else None
         whose = "of its data sheet" if gpu else "of a product"
         gpu, share, launch = gpu or cost.calibrate(way), cost.EFFICIENCY, cost.LAUNCH
         why = f"a prediction, from counted FLOPs at {share:.0%} of the {gpu.flops / 1e12:.0f} TFLOP/s {whose}"
     else:
+        flops = steps * sum(work.step_flops for counted in counts for work in counted.values()) / len(counts)
+        if flops < SHORT * device.matrix_rate(way):
+            return 0.0, ""
         gpu, share, launch = cost.calibrate(way, seconds=0.5), 1.0, 0.0
         why = "counted operations, at rates measured just now"
-    bf16 = cost.BF16_GPU if way.device.type == "cuda" else cost.BF16_CPU
-    precision = cost.FP32 if way.dtype == torch.float32 else bf16
     each = []
-    for load in cost.schedule(recipe, cost.Load(pairs, world=ranks), steps=steps):
-        counted = cost.parts(recipe, load, vocabulary=vocabulary, precision=precision)
+    for counted in counts:
         computed = sum(cost.computing(counted, gpu, cost.Job(checkpoint_blocks=again), share))
         each.append(max(computed, launch * sum(work.launches for work in counted.values())))
     return steps * sum(each) / len(each), why

@@ -98,6 +98,7 @@ def test_limits_that_make_no_sense_are_refused_before_anything_is_written(call):
         assert code == 1 and wrong.split("=")[0] in err and not Path("run").exists(), err
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_what_is_encoded_at_once(call, monkeypatch, undisturbed):
     step = steps.training_step
 

@@ -161,6 +161,7 @@ def test_stopped_by_a_limit_and_gone_on_with(undisturbed, call, tmp_path):
     assert code == 0 and (run / "result.json").exists() and untimed(rows(run)) == untimed(rows(undisturbed))
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_gone_on_with(undisturbed, call, tmp_path):
     """With a checkpoint every 3 steps; and from what a run leaves that is killed before its first."""
     run, early = tmp_path / "run", tmp_path / "early"
@@ -469,4 +470,6 @@ def test_the_time_that_is_told(monkeypatch):
         train.predicted_seconds(recipe, *given)[0]
         for given in ((300, gpu, 1, 30522, False), (600, gpu, 2, 30522, False), (600, gpu, 1, 30522, True))
     )
+    cpu = device.Way(torch.device("cpu"), torch.float32, "auto", "")
+    assert train.predicted_seconds(load("smaug"), 1, cpu, 1, 200, again=False) == (0.0, "")  # no number for a moment
     assert begin > 0.52 * seconds and 0.5 < several / seconds < 0.55 and 1.25 < again / seconds < 1.35

@@ -164,6 +164,7 @@ def test_decoded_twins_hold_the_same_frames_bit_for_bit(clips):
         assert (one == other[::-1]).all()
 
 
+@pytest.mark.slow
 def test_a_classifier_needs_the_order(clips):
     x = clips.astype(np.float32)
     colours = np.array(list(shapes.COLOURS.values()), np.float32)
@@ -280,6 +281,7 @@ def test_a_half_deleted_folder_is_built_anew(tmp_path, monkeypatch, undisturbed)
     assert content(shapes.build(TINY)) == encoded
 
 
+@pytest.mark.slow
 def test_two_builds_at_once_both_succeed(tmp_path, undisturbed):
     code = f"f = shapes.decoded(shapes.build({TINY}), 'train', 32)\nprint(zlib.crc32(f.data))"
     pair = [run(code, tmp_path) for _ in range(2)]

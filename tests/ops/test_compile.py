@@ -223,7 +223,9 @@ def strict():
         yield
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if c == "encoder, clips with images" else ()) for c in CASES]
+)
 def test_one_graph_for_all_lengths(case, strict):
     make_case, *rest = CASES[case]
     options = rest.pop() if rest and isinstance(rest[-1], dict) else {}
