@@ -37,7 +37,7 @@ from smaug.objectives.mvm import Mvm
 from smaug.objectives.vtc import VtcHeads
 from smaug.objectives.vtm import Vtm
 from smaug.recipe import Recipe
-from smaug.run import write
+from smaug.run import warn, write
 from smaug.step import Step, keep_rate, text_views, video_mask
 
 VERSION = 1  # of the file
@@ -68,12 +68,12 @@ class Turn:
     clips: int = 0
     steps: int = 0
     tokens: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # by stage: computed, and avoided by reason
-    flops: float = 0.0  # of the model in the steps taken; what is computed twice counts once
+    flops: float = 0.0  # of the model in the steps taken; see `Flops` for what is computed twice
     flops_dense: float = 0.0  # of the same batches with nothing left out, see `cost.dense`
     rate: float | None = None  # FLOP/s of a device at most; None: not known
     rate_is: str = ""
     peak_bytes: int = 0
-    energy_joules: float | None = None
+    energy_joules: float | None = None  # evaluations included
     energy_is: str = ""  # how it was read, or why it was not
 
     @property
@@ -84,7 +84,7 @@ class Turn:
     @property
     def utilisation(self) -> float | None:
         """The share of the device's rate that the model's FLOPs are, over all of the training."""
-        if not self.rate or not self.training_seconds:
+        if not (self.rate and self.flops and self.training_seconds):
             return None
         return self.flops / self.training_seconds / self.rate
 
@@ -94,12 +94,19 @@ class Result:
     """A score, and what had been spent when it was reached: by all turns, its own evaluation included."""
 
     step: int
-    split: str  # "val" or "test"
+    split: str  # "val": while it trained; at the end "test", or what one's own files are
     scores: Mapping[str, float]
     device_seconds: float
     evaluation_seconds: float  # of these, those of evaluations
     wall_seconds: float
     date: str  # ISO 8601, UTC
+    clips: int | None = None  # trained on by then, those of steps that were done again included; None: not known
+    flops: float | None = None  # of the model, likewise
+
+    @property
+    def training_seconds(self) -> float:
+        """As of `Turn`: what the score has cost."""
+        return self.device_seconds - self.evaluation_seconds
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ def read(folder: Path) -> Ledger:
 # --- time -------------------------------------------------------------------------------------------------------------
 
 FORWARD = "forward: rest"
-REPLAYED = "forward and backward, replayed"  # of a CUDA graph, which has no marks inside
+REPLAYED = "replayed forward and backward"  # of a CUDA graph, which has no marks inside
 BESIDE = ("data", "checkpoint", "evaluation")  # phases in which no step is computed
 MARKS = 256  # on a GPU, kept before it is asked which of them it has passed
 
@@ -326,7 +333,8 @@ def encoded(tokens: Mapping[str, Mapping[str, int]]) -> tuple[int, int]:
 
 
 class Flops:
-    """Of steps, by `cost.parts`: own and dense. That takes a millisecond, so it is asked once for each state of the
+    """Of steps, by `cost.parts`: own and dense. What a backward computes again counts once, but for the logits of
+    attention, which torch counts again, too. That takes a millisecond, so it is asked once for each state of the
     schedule; from there on lengths of texts count linearly, which leaves out the squares of attention among words."""
 
     def __init__(self, recipe: Recipe, vocabulary: int, world: int) -> None:
@@ -444,6 +452,8 @@ class Book:
         self.watch = Stopwatch(way.device)
         if not graphs:
             time_parts(step.model, self.watch)
+        if way.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(way.device)  # the set-up had its own, as of `rate_of`
 
     def count(self, batch: Batch) -> None:
         """A step that was taken."""
@@ -486,11 +496,12 @@ class Book:
         return Ledger((*self.past.turns, self.turn), ()).total()
 
     def reached(self, step: int, split: str, scores: Mapping[str, float]) -> None:
-        """A result, and what it has cost up to the last `settle`."""
+        """A result, and what it has cost up to the last `settle`, which on a GPU has to wait."""
         spent = self.total()
+        counted = all(turn.flops or not turn.steps for turn in (*self.past.turns, self.turn))  # else see `behind`
         result = Result(
             step, split, dict(scores), sum(spent.seconds.values()), spent.seconds.get("evaluation", 0.0),
-            spent.wall_seconds, _now(),
+            spent.wall_seconds, _now(), spent.clips, spent.flops if counted else None,
         )  # fmt: skip
         self.results.append(asdict(result))
         self._write()
@@ -506,12 +517,21 @@ def _now() -> str:
 
 
 def behind(folder: Path, totals: Mapping[str, float]) -> Ledger:
-    """The ledger of a run that is resumed. Of a run that has none yet, what its checkpoint's totals say."""
-    if (folder / FILE).exists():
-        return read(folder)
-    if not totals["step"]:
+    """The ledger of a run that is resumed, for the first process, which writes it. Of a run that has none, or one that
+    is damaged and is put aside, what its checkpoint's totals say."""
+    if distributed.rank():
         return Ledger((), ())
     why = "not recorded: the run began before there were ledgers"
+    path = folder / FILE
+    if path.exists():
+        try:
+            return read(folder)
+        except ValueError as error:
+            aside = path.rename(path.with_name(f"{FILE}.damaged"))
+            warn([f"{error}; it is {aside.name} from now on, and costs before this start are those of the checkpoint"])
+            why = f"not recorded: {FILE} was damaged"
+    if not totals["step"]:
+        return Ledger((), ())
     turn = Turn(
         began="", ended="", from_step=0, to_step=int(totals["step"]), machine=why, device="", device_name="", way=why,
         dtype="", processes=1, command=why, smaug="", wall_seconds=totals["wall_seconds"], rate_is=why, energy_is=why,

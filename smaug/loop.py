@@ -67,6 +67,7 @@ class Loop:
             bucket = graphs.BUCKET if self.graphs is not None else 0
             batches = self.loader.ahead(start, steps, self.way.device, bucket)
             with contextlib.closing(batches):
+                self.book.watch.read()  # until here it is set-up, which is in the wall time alone
                 logged_at, clips = time.perf_counter(), 0
                 while self.number < steps and not self.stop:
                     try:
@@ -227,6 +228,7 @@ class Loop:
         found = {f"val_{key}": value for key, value in reached.items()}
         name, score = next(iter(found.items()))
         self._save(score)
+        self.book.settle(self.number, wait=True)  # with its evaluation and its checkpoint
         self.book.reached(self.number, "val", reached)
         self.console.print(f"step {self.number}  {name} {score:.1%}", highlight=False)
         return {"step": self.number, **found}
@@ -287,7 +289,7 @@ class Loop:
     def _tell(self, row: dict[str, float], bars: Progress, task: Any) -> None:
         share = row["tokens_computed"] / row["tokens_dense"]
         parts = "  ".join(f"{name} {row[name]:.3f}" for name in self.recipe.objectives)
-        said = f"loss {row['loss']:.3f}  {parts}  {row['clips_per_second']:.0f} clips/s  {share:.0%} of tokens kept"
+        said = f"loss {row['loss']:.3f}  {parts}  {row['clips_per_second']:.0f} clips/s  {share:.0%} of encoder tokens"
         bars.update(task, note=said)
         if not self.console.is_terminal:
             self.console.print(f"step {row['step']:.0f}  {said}", highlight=False)

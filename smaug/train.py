@@ -371,7 +371,8 @@ def run(options: Options, size: str, command: str) -> int:
     if result is None:
         return 0
     totals = loop.totals(together=False, wait=True)  # the others have left
-    book.reached(loop.number, "test", {key: result[key] for key in result if key.startswith(("t2v_", "v2t_", "acc"))})
+    scores = {key: result[key] for key in result if key.startswith(("t2v_", "v2t_", "acc"))}
+    book.reached(loop.number, result["split"], scores)
     result |= {
         **totals,
         **provenance(recipe.data, recipe.data),

@@ -18,6 +18,7 @@ from smaug import cost, device, distributed, ledger, loop, ops, train
 from smaug.blocks import checkpoint_blocks, compile_blocks
 from smaug.ledger import FORWARD, Flops, Ledger, Result, Stopwatch, Turn, count_tokens, read, time_parts
 from smaug.micro_batches import backward_in_parts
+from smaug.run import open_loader
 from smaug.step import Step, training_step
 from tests.test_step import made, model_of, with_images
 
@@ -243,7 +244,7 @@ def views(recipe, batch):
     return {id(view): view for view in ledger.text_views(recipe, batch).values()}.values()
 
 
-@pytest.mark.parametrize("name", ["smaug", "mac", "qa"])
+@pytest.mark.parametrize("name", ["dense", "mac", "mc", "qa", "retrieval", "singularity", "smaug"])
 def test_flops_of_a_run_are_those_of_its_batches(shapes_cache, name):
     """Linear in the lengths of texts, asked once for each state of the schedule; and those that torch counts."""
     recipe, loader, tokenizer = made(name)
@@ -325,14 +326,21 @@ def test_the_rate_is_that_of_the_data_sheet_where_it_is_for_bf16(monkeypatch):
 
 
 def test_a_run_pays_for_all_its_time(call, monkeypatch):
-    taken, trained = [], loop.Loop.train
+    taken, waits, trained = [], [], loop.Loop.train
 
     def trains(self, steps):
-        self.book.watch.read()
-        began = time.perf_counter()
+        read_, at = self.book.watch.read, []
+
+        def reads(*how):
+            found = read_(*how)
+            at.append(time.perf_counter())
+            waits.append(how == (True,))
+            return found
+
+        self.book.watch.read = reads
         finished = trained(self, steps)
         self.book.settle(self.number)
-        taken.append((time.perf_counter() - began, sum(self.book.turn.seconds.values())))
+        taken.append((at[-1] - at[0], sum(self.book.turn.seconds.values())))  # from the first batch on
         return finished
 
     monkeypatch.setattr(loop.Loop, "train", trains)
@@ -340,6 +348,7 @@ def test_a_run_pays_for_all_its_time(call, monkeypatch):
     assert code == 0, err
     ((wall, counted),) = taken
     assert counted == pytest.approx(wall, rel=0.01)
+    assert waits.count(True) == 2 + 2  # for the two scores on val, and around the one on test
 
     kept = read(Path("run"))
     (turn,) = kept.turns
@@ -355,7 +364,7 @@ def test_a_run_pays_for_all_its_time(call, monkeypatch):
         "evaluation",
         "rest",
     } == set(turn.seconds)
-    assert turn.seconds["backward"] > 0.1 * turn.training_seconds and turn.seconds["evaluation"] > 0.1
+    assert min(turn.seconds.values()) > 0
     assert turn.wall_seconds > sum(turn.seconds.values()) > wall
     assert (turn.from_step, turn.to_step, turn.steps, turn.clips, turn.processes) == (0, 6, 6, 96, 1)
     assert 1e6 < turn.flops < turn.flops_dense and 0 < turn.utilisation < 1 and turn.peak_bytes > 1e8
@@ -366,12 +375,15 @@ def test_a_run_pays_for_all_its_time(call, monkeypatch):
     assert spent == sorted(spent) and spent[-1] == pytest.approx(sum(turn.seconds.values()))
     assert kept.results[-1].evaluation_seconds == turn.seconds["evaluation"]
     result, last = json.loads(Path("run/result.json").read_text()), rows()[-2]
-    assert kept.results[-1].scores["t2v_r1"] == result["t2v_r1"]
+    assert kept.results[-1].scores["t2v_r1"] == result["t2v_r1"] and kept.results[-1].split == result["split"]
+    assert [r.clips for r in kept.results] == [48, 96, 96] and kept.results[-1].flops == turn.flops
+    assert kept.results[0].evaluation_seconds > 0  # its own
     assert kept.results[1].scores["t2v_r1"] == rows()[-1]["val_t2v_r1"]
     assert ledger.encoded(turn.tokens) == (last["tokens_computed"], last["tokens_dense"])
     assert 0 < last["device_seconds"] < turn.training_seconds and last["data_seconds"] <= turn.seconds["data"]
 
     said = out[out.index("device-hours") :].splitlines()
+    assert re.search(r"device-hours of training and 0.\d+ of evaluation \(\d+.\d minutes in all\) on", out)
     assert re.search(r"data \d+%, forward \d+%, backward \d+%, optimizer \d+%, checkpoint \d+%, rest \d+%", said[1])
     assert re.search(r"video encoder 0.0\d+ M \(\d+% masked, \d+% pruned\), text encoder", said[2])
     assert "FLOPs" in said[3] and "of the device's rate" in said[3] and len(said) <= 5
@@ -407,14 +419,19 @@ def test_what_a_kill_makes_to_be_done_again_is_paid_twice(call, monkeypatch):
     saved = Path("run/ledger.json").read_bytes()
     Path("run/ledger.json").write_bytes(saved[:-20])
     code, _, err = call(train.main, *line, "--resume")
-    assert code == 1 and "run/ledger.json is damaged" in err and err.count("\n") == 1
-    Path("run/ledger.json").unlink()
-    code, _, err = call(train.main, *line, "--resume")
+    assert code == 0 and "run/ledger.json is damaged" in err and err.count("\n") == 1, err
+    assert Path("run/ledger.json.damaged").read_bytes() == saved[:-20]
     old, new = read(Path("run")).turns
-    assert code == 0 and (old.to_step, old.clips, new.from_step, new.to_step) == (5, 80, 5, 6), err
+    assert (old.to_step, old.clips, new.from_step, new.to_step) == (5, 80, 5, 6) and "was damaged" in old.way
     assert (
-        old.seconds["rest"] == pytest.approx(rows()[-2]["device_seconds"], rel=0.1) and "before there were" in old.way
+        old.seconds["rest"]
+        == json.loads(Path("run/checkpoints/step-5/state.json").read_text())["totals"]["device_seconds"]
     )
+    assert read(Path("run")).results[-1].flops is None  # of the first turn nobody knows them
+    Path("run/ledger.json").unlink()
+    code, out, err = call(train.main, *line, "--resume")  # nothing is left to be trained
+    assert code == 0 and "before there were ledgers" in read(Path("run")).turns[0].way, err
+    assert "device-hours of training" in out
 
 
 def test_a_full_disk_is_told_in_a_line(call):
@@ -435,19 +452,21 @@ def test_processes_are_summed(shapes_cache, tmp_path, monkeypatch):
     book = ledger.Book(
         tmp_path, step, way, at=4, began=time.perf_counter(), command="", fast=False, past=Ledger((), ())
     )
+    moment = book.watch.now()
+    book.watch.now = lambda: moment
     batch = loader.batch(0)
     book.count(batch)
     with book.watch.phase("optimizer"):
-        time.sleep(0.01)
+        moment += 1
     turn = book.settle(5)
     own = count_tokens(recipe, batch)["video encoder"]["computed"]
     assert turn.clips == 48 and turn.tokens["video encoder"]["computed"] == 3 * own and turn.steps == 1
     before = turn.seconds["optimizer"]
-    assert before > 0.03
+    assert before == pytest.approx(3)
     with book.watch.phase("optimizer"):
-        time.sleep(0.01)
+        moment += 1
     after = book.settle(5, together=False)
-    assert 0.01 < after.seconds["optimizer"] - before < 0.03 and after.clips == 48
+    assert after.seconds["optimizer"] - before == pytest.approx(1) and after.clips == 48
     assert read(tmp_path).turns == (after,)
 
 
@@ -471,32 +490,35 @@ def test_two_processes_write_one_ledger(shapes_cache, tmp_path, how):
     assert turn.processes == 2 and turn.clips == 96 and turn.steps == 6
     assert turn.seconds["forward: video encoder"] > 0 and turn.seconds["backward"] > 0
     training, wall = turn.training_seconds, turn.wall_seconds
-    assert wall / 2 < training + turn.seconds["evaluation"] < 2 * wall
+    assert 0 < training + turn.seconds["evaluation"] < 2 * wall
 
 
-def test_it_costs_little(shapes_cache, tmp_path):
-    """By the processor's clock, of steps that are shorter than any: 16 pairs of mac at tiny."""
+def test_it_costs_less_than_a_percent_of_a_step(shapes_cache, tmp_path):
+    """Counting, the marks and the file, which is written at every tenth step, of mac at tiny with its
+    batch of 64, whose steps are the cheapest. The least of several times, since other work makes either longer."""
     recipe, loader, tokenizer = made("mac")
+    recipe = replace(recipe, data=replace(recipe.data, batch=64))
     step, way = Step(model_of(recipe, tokenizer, "auto"), recipe), device.choose(False, "cpu")
-    book = ledger.Book(
-        tmp_path, step, way, at=0, began=0.0, command="", fast=False, past=Ledger((), ())
-    )  # fmt: skip
-    batch = loader.batch(0)
-    book.count(batch)
-    step(batch)[0].backward()
+    past = Ledger((TURN,) * 3, (Result(9, "val", {"t2v_r1": 0.5}, 22.0, 4.0, 24.0, ""),) * 10)
+    book = ledger.Book(tmp_path, step, way, at=0, began=0.0, command="", fast=False, past=past)
+    batch = open_loader(recipe, loader.clips, tokenizer).batch(0)
+    marks = len(ledger.parts(step.model)) + 5  # data, forward, backward, optimizer, checkpoint
 
     def least(run, times):
+        run()
         found = []
         for _ in range(times):
-            began = time.process_time()
+            began = time.perf_counter()
             run()
-            found.append(time.process_time() - began)
+            found.append(time.perf_counter() - began)
         return min(found)
 
     def keeps():
-        book.count(batch)
-        for _ in range(8):
-            with book.watch.phase("x"):
-                pass
+        for _ in range(10):
+            book.count(batch)
+            for _ in range(marks):
+                with book.watch.phase("rest"):
+                    pass
+        book.settle(10)
 
-    assert least(keeps, 20) < 0.02 * least(lambda: step(batch)[0].backward(), 5)
+    assert least(keeps, 20) < 0.01 * 10 * least(lambda: step(batch)[0].backward(), 5)

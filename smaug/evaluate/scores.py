@@ -286,13 +286,18 @@ def _cut(result: dict[str, Any]) -> str | None:
 
 def _print_cost(console: Console, spent: Turn) -> None:
     """Four lines: device-hours, where they went, the tokens that were not computed, and FLOPs."""
-    training = max(1e-9, spent.training_seconds)
     phases: defaultdict[str, float] = defaultdict(float)
     for name, seconds in spent.seconds.items():
         phases[name.split(":")[0]] += seconds
-    minutes = f"{spent.wall_seconds / 60:.1f} minutes in all, {phases['evaluation'] / 60:.1f} of them evaluation"
-    lines = [f"{training / 3600:.3f} device-hours of training ({minutes}) on {spent.machine}"]
-    lines += ["  " + ", ".join(f"{name} {s / training:.0%}" for name, s in phases.items() if name != "evaluation")]
+    training = spent.training_seconds
+    console.print(
+        f"{training / 3600:.3f} device-hours of training and {phases['evaluation'] / 3600:.3f} of evaluation "
+        f"({spent.wall_seconds / 60:.1f} minutes in all) on {spent.machine}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if not spent.steps:  # what follows are shares of nothing
+        return
+    lines = ["  " + ", ".join(f"{name} {s / training:.0%}" for name, s in phases.items() if name != "evaluation")]
     stages = []
     for name, stage in spent.tokens.items():
         every = max(1, sum(stage.values()))
@@ -303,7 +308,7 @@ def _print_cost(console: Console, spent: Turn) -> None:
     if spent.utilisation is not None:
         flops += f"; {spent.utilisation:.0%} of the device's rate ({spent.rate_is})"
     if spent.energy_joules is not None:
-        flops += f"; {spent.energy_joules / 3.6e6:.3f} kWh"
+        flops += f"; {spent.energy_joules / 3.6e6:.3f} kWh with evaluation"
     lines += [f"  {flops}; {spent.peak_bytes / 2**30:.1f} GiB at most"]
     if phases["data"] > 0.05 * training:
         lines += ["decoding is what it waits for: `python -m smaug.data check` says what would make it cheaper"]
