@@ -35,6 +35,7 @@ from smaug.data.text import train_tokenizer
 from smaug.evaluate.retrieval import retrieval
 from smaug.optim import adamw, learning_rate
 from smaug.recipe import Recipe
+from smaug.report import compare
 from smaug.run import build, open_loader, open_split
 from smaug.step import training_step
 
@@ -182,14 +183,8 @@ def run(name: str, seed: int, options: Options, console: Console) -> None:
 
 
 def reached(points: Sequence[dict[str, float]], target: float, of: str = "device_seconds") -> float | None:
-    """Where the curve, straight between its points, first meets the target; None if it never does."""
-    last = {"t2v_r1": 0.0, of: 0.0}
-    for point in points:
-        if point["t2v_r1"] >= target:
-            part = (target - last["t2v_r1"]) / (point["t2v_r1"] - last["t2v_r1"])
-            return last[of] + part * (point[of] - last[of])
-        last = point
-    return None
+    """Where the curve first meets the target; None if it never does."""
+    return compare.reached([(point["t2v_r1"], point[of]) for point in points], target)
 
 
 def value_at(points: Sequence[dict[str, float]], where: float, along: str) -> float | None:

@@ -22,7 +22,7 @@ from smaug.report.compare import COSTS, Comparison, compare
 from smaug.report.page import page
 from smaug.report.published import PUBLISHED
 from smaug.report.runs import Run, read_runs
-from smaug.report.words import device, headline, hours, other_costs, sentence, tokens_kept
+from smaug.report.words import device, headline, hours, other_costs, sentence
 from smaug.run import refuse, write
 
 
@@ -91,12 +91,12 @@ def show(console: Console, runs: Sequence[Run], comparisons: Sequence[Comparison
     for column in ("end", "best val", "device-hours", "tokens", "use"):
         table.add_column(column, justify="right")
     for run in runs:
-        best, kept, (used, _) = max((p.score for p in run.curve), default=None), tokens_kept(run), run.utilisation()
+        best, kept, (used, _) = max((p.score for p in run.curve), default=None), run.tokens_kept(), run.utilisation()
         cells = [run.name, str(run.recipe.get("name", "?")), *([f"{run.on}, {run.on.score}"] if len(on) > 1 else [])]
         cells += [f"{run.end.score:.1%}" if run.end else "", "" if best is None else f"{best:.1%}", hours(run.hours)]
         table.add_row(*cells, "" if kept is None else f"{kept:.0%}", "" if used is None else f"{used:.1%}")
     scores = f"{on[0].score} on {on[0]}: at the end, and the best on val" if len(on) == 1 else "scores as named"
-    table.caption = f"{scores}; tokens computed, of a dense model's; use of the devices' rate"
+    table.caption = f"{scores}; tokens of the encoders, of a dense model's; use of the devices' rate"
     console.print(table)
     for run in runs:
         lines = [run.state] * (not run.finished) + run.notes
@@ -122,9 +122,9 @@ def numbers(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> dict[str,
                 "finished": run.finished, "notes": run.notes, "device": device(run), "machine": run.machine,
                 "command": run.config.get("command"), "device_hours": run.hours, "skipped": run.skipped,
                 "curve": [asdict(point) for point in run.curve], "end": asdict(run.end) if run.end else None,
-                "split": run.result.get("split"), "tokens_kept": tokens_kept(run),
+                "split": run.result.get("split"), "tokens_kept": run.tokens_kept(),
                 "utilisation": run.utilisation()[0], "utilisation_of": run.utilisation()[1],
-                "total": asdict(run.ledger.total()) if run.ledger else None,
+                "total": asdict(run.total) if run.total else None,
             }
             for run in runs
         ],

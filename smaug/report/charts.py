@@ -15,21 +15,18 @@ from smaug.report.words import number
 INK, SOFT, GRID = "#1d2329", "#5b6670", "#e3e7eb"
 # Okabe and Ito's colours, dark enough on white; with dashes and markers of other periods no two of 42 runs look alike.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#a2488a", "#3a9bd1", "#a87400", INK)
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-MARKERS = ("circle", "square", "diamond", "triangle-up", "triangle-down")
-# Colours and patterns of bars, so that print and colour blindness leave them apart.
-FILLS = (("#0072b2", ""), ("#d55e00", "/"), ("#009e73", "\\"), ("#a2488a", "x"), ("#56b4e9", "."), ("#e69f00", "-"),
-         ("#b8bfc6", ""), ("#7b5ea7", "|"))  # fmt: skip
-PATTERN = {"size": 5, "fgcolor": "#fff", "fillmode": "overlay"}  # without the last, there is no colour below it
+DASHES = ("solid", "8px,4px", "2px,3px", "8px,3px,2px,3px", "13px,4px", "13px,3px,2px,3px")
+MARKERS = {"circle": "●", "square": "■", "diamond": "◆", "triangle-up": "▲", "triangle-down": "▼"}  # in a text
+FILLS = ("#0072b2", "#e69f00", "#009e73", "#a2488a", "#56b4e9", "#d55e00", "#b8bfc6", "#f0e442")  # of bars
 QUARTERS = [0, 25, 50, 75, 100]  # percent
 POINTS = 400  # of a curve that are drawn
 Placed = Sequence[tuple[int, Run]]  # runs with their places in the report, which decide how they look
-Fills = dict[str, tuple[str, str]]  # colour and pattern by name
+Fills = dict[str, str]  # colours by name
 
 
 def look(place: int) -> tuple[str, str, str]:
     """Colour, dash and marker of a run."""
-    return COLOURS[place % len(COLOURS)], DASHES[place % len(DASHES)], MARKERS[place % len(MARKERS)]
+    return COLOURS[place % len(COLOURS)], DASHES[place % len(DASHES)], list(MARKERS)[place % len(MARKERS)]
 
 
 def fills_of(names: Iterable[str]) -> Fills:
@@ -94,10 +91,9 @@ def bars(runs: Sequence[Run], parts: dict[str, list[float]], fills: Fills, unit:
     figure = _figure(52 + 24 * len(runs), barmode="stack", bargap=0.35)
     places = list(range(len(runs)))  # names need not differ once they are short
     for part, values in parts.items():
-        colour, pattern = fills[part]
         figure.add_bar(
             x=values, y=places, orientation="h", name=_text(part), customdata=[_text(run.name) for run in runs],
-            marker={"color": colour, "pattern": PATTERN | {"shape": pattern}},
+            marker={"color": fills[part], "line": {"color": "#fff", "width": 1}},
             hovertemplate=f"%{{customdata}}<br>{_text(part)}: %{{x:.3~g}}{unit}<extra></extra>",
         )  # fmt: skip
     names = [run.name if len(run.name) <= 16 else f"{run.name[:7]}…{run.name[-8:]}" for run in runs]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from smaug.report.runs import Point, Run
+from smaug.report.runs import Run
 
 COSTS = {"hours": "device-hours", "clips": "clips", "flops": "FLOPs"}  # fields of Point
 
@@ -25,19 +25,18 @@ class Comparison:
         return theirs / mine if mine and theirs is not None else None
 
 
-def reached(curve: Sequence[Point], target: float, cost: str = "hours") -> float | None:
-    """What a curve had cost when it first met a score; None if it never does, or its costs are not known.
+def reached(curve: Iterable[tuple[float, float | None]], target: float) -> float | None:
+    """What a curve of (score, cost) had cost when it first met a score; None if it never does, or a cost is not known.
 
     The curve is straight between its points, and from nothing at a score of 0 to the first of them.
     """
-    score = spent = 0.0
-    for point in curve:
-        now = getattr(point, cost)
-        if now is None:
+    before = spent = 0.0
+    for score, cost in curve:
+        if cost is None:
             return None
-        if point.score >= target:
-            return float(spent + (target - score) / (point.score - score) * (now - spent))
-        score, spent = point.score, now
+        if score >= target:
+            return spent + (target - before) / (score - before) * (cost - spent)
+        before, spent = score, cost
     return None
 
 
@@ -51,7 +50,11 @@ def compare(run: Run, base: Run, target: float | None) -> Comparison:
     warnings = _warnings(run, base)
     if score <= 0:
         return Comparison(run, base, None, {}, "one of them never had a score above 0", warnings)
-    spent = {cost: (reached(run.curve, score, cost), reached(base.curve, score, cost)) for cost in COSTS}
+
+    def of(one: Run, cost: str) -> float | None:
+        return reached([(point.score, getattr(point, cost)) for point in one.curve], score)
+
+    spent = {cost: (of(run, cost), of(base, cost)) for cost in COSTS}
     for one, top in zip((run, base), best, strict=True):
         if top < score:
             refused += f"{'; ' * bool(refused)}{one.name} did not reach it, its best is {top:.1%}"
@@ -67,14 +70,10 @@ def _refusal(run: Run, base: Run) -> str:
         if str(run.on) == str(base.on):
             other = f"{run.on} of {run.on.shapes or run.on.files} and of {base.on.shapes or base.on.files}"
         return f"their scores are of different data: {other}"
-    for key, what in (
-        ("split", "splits"),
-        ("candidates", "numbers of candidates"),
-        ("questions", "numbers of questions"),
-    ):
+    for key in ("split", "candidates", "questions"):
         mine, theirs = run.result.get(key), base.result.get(key)
         if None not in (mine, theirs) and mine != theirs:
-            return f"their scores are of different {what}: {mine} and {theirs}"
+            return f"their scores differ in {key}: {mine} and {theirs}"
     lacking = [one.name for one in (run, base) if not one.curve]
     return f"{' and '.join(lacking)} {'has' if len(lacking) == 1 else 'have'} no curve" if lacking else ""
 
@@ -83,18 +82,16 @@ def _warnings(run: Run, base: Run) -> list[str]:
     """What else than the recipe differs, as far as it is known."""
 
     def of(one: Run) -> dict[str, str]:
-        recipe, turns = one.recipe, one.ledger.turns if one.ledger else []
-        data = recipe.get("data") or {}
-        frames, top = recipe.get("eval_frames"), recipe.get("eval_top")
+        recipe, data = one.recipe, one.recipe.get("data") or {}
+        frames = recipe.get("eval_frames") or recipe.get("model", {}).get("video", {}).get("frames")
         return {
             "machine": one.machine,
             "choice of --fast": str(one.config.get("fast", "")),
-            "way": "; then ".join(dict.fromkeys(turn.way for turn in turns)),
-            "number of processes": ", ".join(map(str, dict.fromkeys(turn.processes for turn in turns))),
+            "way": one.of_turns("way"),
+            "number of processes": one.of_turns("processes"),
             "set of training data": str(data.get("manifest") or data.get("shapes") or ""),
             "start": str(one.config.get("init") or "its recipe's"),
-            "evaluation": "" if top is None else f"{frames or 'as many'} frames, {top} candidates of the match head",
-            "source of its hours": "its ledger" if one.ledger else "its log lines",
+            "evaluation": f"{frames} frames, {recipe.get('eval_top')} candidates of the match head" if frames else "",
         }
 
     mine, theirs = of(run), of(base)

@@ -9,28 +9,19 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
+from smaug.ledger import REPLAYED
 from smaug.report import charts
 from smaug.report.compare import COSTS, Comparison
 from smaug.report.published import PUBLISHED
 from smaug.report.runs import Run
-from smaug.report.words import device, headline, hours, number, sentence, short, tokens_kept
+from smaug.report.words import device, headline, hours, number, sentence, short, uncounted
 
-PHASES = ("forward", "backward", "optimizer", "data", "checkpoint", "evaluation", "rest")
+PHASES = (REPLAYED, "forward", "backward", "optimizer", "data", "checkpoint", "evaluation", "rest")
 TITLES = {
     "lr": "learning rate", "grad_norm": "norm of the gradients", "clips_per_second": "clips a second",
     "val_t2v_r1": "val, text to video R@1", "val_v2t_r1": "val, video to text R@1", "val_acc": "val, accuracy",
 }  # fmt: skip
 SUMS = {"step", "clips", "tokens_computed", "tokens_dense", "device_seconds", "data_seconds", "nonfinite_steps"}
-# As charts.DASHES and charts.MARKERS, in SVG.
-DASHES = {"solid": "", "dash": "8 4", "dot": "2 3", "dashdot": "8 3 2 3", "longdash": "13 4", "longdashdot": "13 3 2 3"}
-MARKERS = {
-    "circle": "M14 7a4 4 0 1 0 8 0a4 4 0 1 0-8 0z", "square": "M14 3h8v8h-8z", "diamond": "M18 2l5 5-5 5-5-5z",
-    "triangle-up": "M18 2l5 9h-10z", "triangle-down": "M18 12l5-9h-10z",
-}  # fmt: skip
-PATTERNS = {
-    "": "", "/": "M-1 4l5-5M1 12l12-12", "\\": "M0 1l11 11M8 0l6 6", "x": "M0 0l12 12M0 12l12-12", "-": "M0 6h14",
-    "|": "M7 0v12", ".": "M3 4h2M9 8h2",
-}  # fmt: skip
 PROTOCOL = (
     "Published hours are of pre-training alone, on the authors' devices, without that of the weights it began from; "
     "scores are after fine-tuning, in % (retrieval: R@1, MSR-VTT among 1,000 candidates; questions: accuracy)."
@@ -93,17 +84,16 @@ def _named(run: Run, place: int) -> str:
     colour, dash, marker = charts.look(place)
     return (
         f'<span class="run"><svg width="36" height="14" aria-hidden="true" stroke="{colour}" fill="{colour}">'
-        f'<path d="M1 7h34" stroke-width="2" stroke-dasharray="{DASHES[dash]}"/>'
-        f'<path d="{MARKERS[marker]}" stroke="none"/></svg>{escape(run.name)}</span>'
+        f'<path d="M0 7h36" stroke-width="2" style="stroke-dasharray:{dash}"/><text x="18" y="12" stroke="none" '
+        f'text-anchor="middle">{charts.MARKERS[marker]}</text></svg>{escape(run.name)}</span>'
     )
 
 
 def _filled(fills: charts.Fills) -> str:
     """What the fills of bars stand for."""
     made = (
-        f'<span><svg width="14" height="12" aria-hidden="true"><path d="M0 0h14v12h-14z" fill="{colour}"/>'
-        f'<path d="{PATTERNS[pattern]}" stroke="#fff" stroke-width="1.5"/></svg>{escape(name)}</span>'
-        for name, (colour, pattern) in fills.items()
+        f'<span><b aria-hidden="true" style="color:{colour}">■</b> {escape(name)}</span>'
+        for name, colour in fills.items()
     )
     return f'<div class="key">{"".join(made)}</div>'
 
@@ -148,23 +138,24 @@ def _results(runs: Sequence[Run]) -> Iterator[str]:
             hours(run.hours), run.state,
         ]  # fmt: skip
         reached.append([_named(run, place), *map(escape, cells)])
-        total = run.ledger.total() if run.ledger else None
-        clips = total.clips if total else next((row["clips"] for row in reversed(run.rows) if "clips" in row), None)
-        kept, (used, _) = tokens_kept(run), run.utilisation()
-        cells = ["" if clips is None else short(clips), "" if kept is None else f"{kept:.0%}", *[""] * 5]
-        if total:
-            dense = f"{total.flops / total.flops_dense:.0%}" if total.flops_dense else ""
-            energy = "" if total.energy_joules is None else f"{number(total.energy_joules / 3.6e6)} kWh"
-            cells[2:] = [short(total.flops), dense, "" if used is None else f"{used:.1%}",
-                         f"{total.peak_bytes / 2**30:.2f} GiB", energy]  # fmt: skip
+        cells = [""] * 7
+        if total := run.total:
+            kept, used, joules = run.tokens_kept(), total.utilisation, total.energy_joules
+            cells = [
+                short(total.clips), "" if kept is None else f"{kept:.0%}", short(total.flops),
+                f"{total.flops / total.flops_dense:.0%}" if total.flops_dense else "",
+                "" if used is None else f"{used:.1%}", f"{total.peak_bytes / 2**30:.2f} GiB",
+                "" if joules is None else f"{number(joules / 3.6e6)} kWh",
+            ]  # fmt: skip
         took.append([_named(run, place), *cells])
     head = ["run", "recipe", "score", f"on {_splits(runs)}", "best on val", "device-hours", "state"]
     yield _table(head, reached, (3, 4, 5))
-    head = ["run", "clips", "tokens computed, of dense", "FLOPs", "of dense", "utilisation", "peak memory", "energy"]
+    head = ["run", "clips", "encoder tokens, of dense", "FLOPs", "of dense", "utilisation", "peak memory", "energy"]
     yield _table(head, took, range(1, 8))
     yield (
         "<p><small>Dense: the same batches with nothing masked, pruned or left out. Utilisation: the model's FLOPs by "
-        "what the devices could have computed in training. An empty cell is not known; each run says why.</small></p>"
+        "what the devices could have computed in training. Energy is that of evaluations, too. An empty cell is not "
+        "known; each run says why.</small></p>"
     )
 
 
@@ -185,8 +176,10 @@ def _scores(runs: Sequence[Run], comparisons: Sequence[Comparison], figures: Fig
         yield f"<h3>{escape(str(on))}</h3>"
         those = [(place, run) for place, run in enumerate(runs) if run.on == on]
         drawn = [run for _, run in those if any(point.hours for point in [*run.curve, *filter(None, [run.end])])]
+        lacking = [run for _, run in those if run not in drawn]
+        yield from _lacking([run for run in lacking if run.curve or run.end], "since what its scores cost is not known")
+        yield from _lacking([run for run in lacking if not run.curve and not run.end], "having no score yet")
         if not drawn:
-            yield "<p>None of these runs has a score yet.</p>"
             continue
         known = [one for one in PUBLISHED if on.name in one.scores]
         own = marked if marked and marked.run.on == on else None
@@ -199,9 +192,11 @@ def _scores(runs: Sequence[Run], comparisons: Sequence[Comparison], figures: Fig
 def _devices(runs: Sequence[Run]) -> str:
     names = dict.fromkeys(device(run) for run in runs)
     if len(names) == 1:
-        return f"All hours are of {escape(next(iter(names)))}."
+        return escape(f"All hours are of {next(iter(names))}{uncounted(runs)}.")
     whose = "; ".join(f"{name} ({', '.join(run.name for run in runs if device(run) == name)})" for name in names)
-    return f"Hours are each device's own, not converted, so they are not the same unit: {escape(whose)}."
+    return (
+        f"Hours are each device's own, not converted, so they are not the same unit: {escape(whose + uncounted(runs))}."
+    )
 
 
 def _published(runs: Sequence[Run], figures: Figures) -> Iterator[str]:
@@ -240,7 +235,7 @@ def _time(runs: Sequence[Run], figures: Figures) -> Iterator[str]:
             "hours": charts.bars(known, in_hours, fills, " h"),
             "shares": charts.bars(known, shares, fills, " %"),
         }
-        both = _figure("hours", "Device-hours") + _figure("shares", "Shares")
+        both = _figure("hours", "Device-hours, evaluations included") + _figure("shares", "Shares")
         yield f'{_filled(fills)}<div class="charts">{both}</div>'
         yield "<p><small>The parts of forward, and seconds, are at each run below.</small></p>"
     yield from _lacking([run for run in runs if not run.phases()], "having no ledger")
@@ -248,7 +243,7 @@ def _time(runs: Sequence[Run], figures: Figures) -> Iterator[str]:
 
 def _tokens(runs: Sequence[Run], figures: Figures) -> Iterator[str]:
     yield "<h2>Tokens by stage</h2>"
-    counts = [(run, run.ledger.total().tokens) for run in runs if run.ledger]
+    counts = [(run, run.total.tokens) for run in runs if run.total]
     whys = (why for _, stages in counts for stage in stages.values() for why, count in stage.items() if count)
     fills = charts.fills_of(dict.fromkeys(["computed", *whys]))
     made = []
@@ -284,12 +279,7 @@ def _environment(runs: Sequence[Run]) -> Iterator[str]:
     yield "<h2>Environment</h2>"
     facts: dict[str, list[Any]] = {"machine": [run.machine for run in runs]}
     for name in ("way", "dtype", "processes", "smaug"):
-        facts[name] = [
-            "; then ".join(dict.fromkeys(str(getattr(turn, name)) for turn in run.ledger.turns))
-            if run.ledger
-            else run.config.get(name, "not known")
-            for run in runs
-        ]
+        facts[name] = [run.of_turns(name) or "not known" for run in runs]
     facts |= {f"--{name}": [run.config.get(name, "not known") for run in runs] for name in ("fast", "size")}
     yield _values(runs, facts)
     whole = [run for run in runs if "model" in run.recipe]
@@ -337,18 +327,15 @@ def _each(run: Run, place: int, opened: bool) -> str:
         f"utilisation {used:.1%} of {rate}" if used is not None else f"utilisation not known: {rate}",
         *([f"evaluation: {run.result['protocol']}"] if "protocol" in run.result else []),
     ]
-    turns = run.ledger.turns if run.ledger else []
-    commands = dict.fromkeys(str(c) for c in (run.config.get("command"), *(turn.command for turn in turns)) if c)
+    commands = dict.fromkeys(str(c) for c in (run.config.get("command"), *(turn.command for turn in run.turns)) if c)
     parts = [f"<pre>{escape(one)}</pre><button class=copy type=button>Copy</button>" for one in commands]
-    if run.ledger:
-        total = run.ledger.total()
-        how = "; ".join(dict.fromkeys(str(turn.energy_is) for turn in turns))
-        facts.append(f"energy {'not known' if total.energy_joules is None else 'by'}: {how}")
+    if total := run.total:
+        facts.append(f"energy {'not known' if total.energy_joules is None else 'by'}: {run.of_turns('energy_is')}")
         rows = [
             [f"{number_}", escape(turn.began), f"{turn.from_step:,} to {turn.to_step:,}",
              hours(turn.training_seconds / 3600), number(turn.wall_seconds / 60),
              escape(f"{turn.processes} x {turn.device_name}")]
-            for number_, turn in enumerate(turns, 1)
+            for number_, turn in enumerate(run.turns, 1)
         ]  # fmt: skip
         head = ["turn", "began", "steps", "device-hours", "minutes in all", "devices"]
         whole = max(1e-9, sum(total.seconds.values()))

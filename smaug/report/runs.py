@@ -1,12 +1,14 @@
 """Runs, read back from their folders: what each reached, what it had cost by then, and in words what is not known.
 
-Costs are those of the ledger. A run of an older smaug has none: its costs are the sums that its log lines hold.
+Costs are those of the ledger, and without one they are not known.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,6 +17,7 @@ from typing import Any
 
 from smaug import ledger
 from smaug.data.journal import one_line
+from smaug.ledger import Turn
 from smaug.report.published import NAMES
 
 SCORES = {"retrieval": ("t2v_r1", "R@1"), "qa": ("acc", "accuracy"), "mc": ("acc", "accuracy")}  # by task
@@ -27,7 +30,7 @@ class Point:
     step: int
     score: float  # fraction
     hours: float | None  # device-hours, waiting for data included, evaluations left out
-    clips: float | None
+    clips: int | None
     flops: float | None  # of the model
 
 
@@ -36,8 +39,8 @@ class Evaluated:
     """What scores are scores of; those of equal ones may stand on one axis."""
 
     name: str  # of a data set that smaug knows; "" for one's own
-    files: tuple[str, ...]
-    shapes: tuple[int, ...]  # clips of the embedded set: train, val, test
+    files: tuple[str, ...]  # names; of one's own, which may be called the same, whole paths
+    shapes: tuple[int, ...]  # clips of the embedded set: val, test
     task: str
 
     @property
@@ -61,7 +64,6 @@ class Run:
     on: Evaluated
     curve: list[Point]  # on the split val, while it trained
     end: Point | None  # on the split of result.json
-    hours: float | None  # device-hours of training so far
     finished: bool
     state: str  # finished, or how far it is
     skipped: int  # files
@@ -72,28 +74,48 @@ class Run:
         found: dict[str, Any] = self.config["recipe"]
         return found
 
+    @functools.cached_property
+    def total(self) -> Turn | None:
+        return self.ledger.total() if self.ledger else None
+
+    @property
+    def hours(self) -> float | None:
+        """Device-hours of training so far."""
+        return self.total.training_seconds / 3600 if self.total else None
+
+    @property
+    def turns(self) -> list[Turn]:
+        """Those that were recorded: not what a run had done before there were ledgers, see `ledger.behind`."""
+        return [turn for turn in self.ledger.turns if turn.device] if self.ledger else []
+
+    def of_turns(self, name: str) -> str:
+        """What its turns say, or else its configuration; "" if neither does."""
+        values = [str(getattr(turn, name)) for turn in self.turns] or [str(self.config.get(name, ""))]
+        return "; then ".join(dict.fromkeys(values))
+
     @property
     def machine(self) -> str:
-        if self.ledger and self.ledger.turns:
-            return "; then ".join(dict.fromkeys(turn.machine for turn in self.ledger.turns))
-        return str(self.config.get("machine", "a machine that is not known"))
+        return self.of_turns("machine") or "a machine that is not known"
 
     def phases(self) -> dict[str, float]:
         """Device-seconds by phase, forward in one; {} without a ledger."""
-        merged: dict[str, float] = {}
-        for phase, seconds in (self.ledger.total().seconds if self.ledger else {}).items():
-            name = phase.partition(":")[0]
-            merged[name] = merged.get(name, 0.0) + seconds
-        return merged
+        merged: Counter[str] = Counter()
+        for phase, seconds in (self.total.seconds if self.total else {}).items():
+            merged[phase.partition(":")[0]] += seconds
+        return dict(merged)
+
+    def tokens_kept(self) -> float | None:
+        """Share of a dense model's tokens that its encoders have computed."""
+        computed, dense = ledger.encoded(self.total.tokens) if self.total else (0, 0)
+        return computed / dense if dense else None
 
     def utilisation(self) -> tuple[float | None, str]:
         """The model's FLOPs as a share of what the devices could have computed in training, and by which rate."""
-        if self.ledger is None:
+        if self.total is None:
             return None, "without a ledger its FLOPs are not known"
-        total = self.ledger.total()
-        if not total.rate:
-            return None, "no one rate of its devices is known"
-        return total.utilisation, f"{total.rate:.3g} FLOP/s ({total.rate_is})"
+        if self.total.utilisation is None:
+            return None, "it has not trained yet" if self.total.rate else "no one rate of its devices is known"
+        return self.total.utilisation, f"{self.total.rate:.3g} FLOP/s ({self.total.rate_is})"
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
@@ -130,12 +152,9 @@ def read(folder: Path, name: str) -> Run:
         try:
             book = ledger.read(folder)
         except ValueError as error:
-            notes += [f"{error}; so its costs are those of the log lines, without phases"]
+            notes += [f"{error}; so what it has cost is not known"]
     else:
-        notes += [
-            "no ledger.json, as of an older smaug: device-hours are of steps and of waiting for data, without "
-            "checkpoints and without what a kill made to be done again; phases and stages are not known"
-        ]
+        notes += ["no ledger.json, as of an older smaug: what it has cost is not known"]
     key = SCORES[config["recipe"].get("task", "retrieval")][0]
     curve = _curve(rows, book, key)
     end = _end(result, book, key)
@@ -143,8 +162,10 @@ def read(folder: Path, name: str) -> Run:
     finished = bool(result) and result.get("step", 0) >= last
     return Run(
         folder, name, config, result, rows, book, _evaluated(config["recipe"], result), curve, end,
-        hours=_hours(rows, result, book), finished=finished, state=_state(folder, config["recipe"], result, last),
-        skipped=_skipped(folder, result), notes=[*notes, *_caveats(config, result, rows, book, curve)],
+        finished=finished,
+        state=f"finished at step {result.get('step', last)}" if finished
+        else _unfinished(folder, config["recipe"], result, last),
+        skipped=_skipped(folder, result), notes=[*notes, *_caveats(config, rows, book, curve)],
     )  # fmt: skip
 
 
@@ -194,74 +215,25 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _curve(rows: list[dict[str, Any]], book: ledger.Ledger | None, key: str) -> list[Point]:
+    """In the order of time, which after a kill is not that of the steps."""
     if book is not None:
-        found = [_point(r, key, rows, book) for r in book.results if r.split == "val" and key in r.scores]
-    else:
-        found = [
-            Point(
-                int(row["step"]), row[f"val_{key}"], _hours_at(rows, row["step"]), at(rows, row["step"], "clips"), None
-            )
-            for row in rows
-            if row.get(f"val_{key}") is not None
-        ]
-    return sorted(found, key=lambda point: point.step)
+        return [_point(one, key) for one in book.results if one.split == "val" and key in one.scores]
+    scored = [row for row in rows if row.get(f"val_{key}") is not None]
+    return [Point(int(row["step"]), row[f"val_{key}"], None, None, None) for row in scored]
 
 
-def at(rows: Sequence[dict[str, Any]], step: float, key: str) -> float | None:
-    """A running sum at a step, straight between the log lines, from 0 at step 0; None beyond the last one."""
-    before, value = 0.0, 0.0
-    for row in rows:
-        if row.get(key) is None:
-            continue
-        if row["step"] >= step:
-            part = (step - before) / max(1e-9, row["step"] - before)
-            return value + part * (float(row[key]) - value)
-        before, value = row["step"], float(row[key])
-    return None
-
-
-def _hours_at(rows: list[dict[str, Any]], step: float) -> float | None:
-    spent, waited = at(rows, step, "device_seconds"), at(rows, step, "data_seconds")
-    return None if spent is None or waited is None else (spent + waited) / 3600
-
-
-def _point(result: ledger.Result, key: str, rows: list[dict[str, Any]], book: ledger.Ledger) -> Point:
-    hours = (result.device_seconds - result.evaluation_seconds) / 3600
-    return Point(result.step, result.scores[key], hours, at(rows, result.step, "clips"), _flops(result.step, book))
-
-
-def _flops(step: int, book: ledger.Ledger) -> float:
-    """Spent up to a step, straight within each turn; what was done again counts as often as it was done."""
-    spent = 0.0
-    for turn in book.turns:
-        done = min(step, turn.to_step) - turn.from_step
-        if turn.from_step >= step:
-            break
-        spent += turn.flops * done / max(1, turn.to_step - turn.from_step)
-    return spent
+def _point(result: ledger.Result, key: str) -> Point:
+    return Point(result.step, result.scores[key], result.training_seconds / 3600, result.clips, result.flops)
 
 
 def _end(result: dict[str, Any], book: ledger.Ledger | None, key: str) -> Point | None:
+    """The score of result.json, at its cost when it was first reached: the run may have gone on since."""
     if result.get(key) is None:
         return None
     step = int(result.get("step", 0))
-    spent, flops = _hours([], result, book), None
-    if book is not None:
-        flops = _flops(step, book)
-        for one in book.results:
-            if one.split != "val" and one.step == step:  # the run may have gone on since
-                spent = (one.device_seconds - one.evaluation_seconds) / 3600
-    return Point(step, result[key], spent, result.get("clips"), flops)
-
-
-def _hours(rows: list[dict[str, Any]], result: dict[str, Any], book: ledger.Ledger | None) -> float | None:
-    """Of all training so far."""
-    if book is not None:
-        return book.total().training_seconds / 3600
-    for sums in (result, *reversed(rows)):
-        if "device_seconds" in sums:
-            return float(sums["device_seconds"] + sums.get("data_seconds", 0.0)) / 3600
-    return None
+    same = (one for one in (book.results if book else ()) if (one.step, one.scores.get(key)) == (step, result[key]))
+    first = next(same, None)
+    return _point(first, key) if first else Point(step, result[key], None, None, None)
 
 
 def _evaluated(recipe: dict[str, Any], result: dict[str, Any]) -> Evaluated:
@@ -270,28 +242,22 @@ def _evaluated(recipe: dict[str, Any], result: dict[str, Any]) -> Evaluated:
         split = f" {result.get('split', '')}"
         return Evaluated(str(result.get("evaluated_on", "data not known")).removesuffix(split), (), (), task)
     if not data.get("manifest"):
-        return Evaluated("shapes", (), tuple(data.get("shapes", ())), task)
+        return Evaluated("shapes", (), tuple(data.get("shapes", ())[1:]), task)
     files = tuple(map(str, data.get("eval_manifest") or data["manifest"]))
     form = data.get("format") or ""
-    return Evaluated(NAMES.get(form, form), files, (), task)
+    return Evaluated(NAMES.get(form, form), tuple(Path(file).name for file in files) if form else files, (), task)
 
 
-def _state(folder: Path, recipe: dict[str, Any], result: dict[str, Any], last: int) -> str:
-    if result and result.get("step", 0) >= last:
-        return f"finished at step {result.get('step', last)}"
+def _unfinished(folder: Path, recipe: dict[str, Any], result: dict[str, Any], last: int) -> str:
     files = [folder / name for name in ("config.json", "metrics.jsonl", "ledger.json")]
     seconds = time.time() - max(file.stat().st_mtime for file in files if file.exists())
     steps = recipe.get("optim", {}).get("steps")
     where = f"at step {last}" + (f" of {steps}" if steps else "") if last else "before its first log line"
     after = f", after a result at step {result.get('step')}" if result else ""
-    ago = (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.0f} h"
+    size, unit = next(((size, unit) for size, unit in ((3600, "h"), (60, "min")) if seconds >= 2 * size), (1, "s"))
+    return (
+        f"not finished{after}: {where}, last written {seconds / size:.0f} {unit} ago, so it still runs or was stopped"
     )
-    return f"not finished{after}: {where}, last written {ago} ago, so it still runs or was stopped"
 
 
 def _skipped(folder: Path, result: dict[str, Any]) -> int:
@@ -300,9 +266,8 @@ def _skipped(folder: Path, result: dict[str, Any]) -> int:
 
 
 def _caveats(
-    config: dict[str, Any], result: dict[str, Any], rows: list[dict[str, Any]], book: ledger.Ledger | None,
-    curve: list[Point],
-) -> list[str]:  # fmt: skip
+    config: dict[str, Any], rows: list[dict[str, Any]], book: ledger.Ledger | None, curve: list[Point]
+) -> list[str]:
     recipe, notes = config["recipe"], []
     if not curve:
         notes += ["no scores along the way, so it has no curve: train with --eval-every N"]
@@ -319,12 +284,12 @@ def _caveats(
         if own == "manifest":
             notes += ["it was evaluated on pairs that it was trained on"]
     if book is not None:
-        devices = list(dict.fromkeys(turn.device_name for turn in book.turns))
+        if unknown := sum(turn.steps for turn in book.turns if not turn.device):
+            notes += [f"of its first {unknown} steps the hours are known, but not their phases, tokens and FLOPs"]
+        devices = list(dict.fromkeys(turn.device_name for turn in book.turns if turn.device))
         if len(devices) > 1:
             notes += [f"its hours are of several devices, added as they are: {', '.join(devices)}"]
-        again = sum(turn.to_step - turn.from_step for turn in book.turns) - max(
-            (t.to_step for t in book.turns), default=0
-        )
+        again = sum(turn.to_step - turn.from_step for turn in book.turns) - max(turn.to_step for turn in book.turns)
         if again > 0:
             notes += [f"{again} steps were done again after a kill, and are paid for twice"]
     left_out = max((row.get("nonfinite_steps") or 0 for row in rows), default=0)

@@ -47,7 +47,14 @@ def reached(run: Run) -> str:
         return f"{name} has no score yet, after {spent(run.hours)} of {device(run)}"
     return (
         f"{name} reached {run.on.score} {point.score:.1%} on {run.on} {where} in {spent(point.hours)} of {device(run)}"
+        + uncounted([run])
     )
+
+
+def uncounted(runs: Sequence[Run]) -> str:
+    """What costs leave out: what had trained the weights that fine-tuned runs began from."""
+    began = [run.name for run in runs if run.config.get("init")]
+    return f", not counting the run that {' and '.join(began)} began from" if began else ""
 
 
 def headline(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
@@ -73,6 +80,7 @@ def sentence(one: Comparison) -> str:
         return f"{pair} both reached {what}, at a cost that is not known"
     return (
         f"{one.run.name} reached {what} in {spent(mine)} against {spent(theirs)} of {one.base.name}: {one.ratio():.2f}x"
+        + uncounted([one.run, one.base])
     )
 
 
@@ -86,11 +94,3 @@ def other_costs(one: Comparison) -> str:
         elif not one.refused:
             said += [f"{COSTS[cost]}: not known"]
     return "; ".join(said)
-
-
-def tokens_kept(run: Run) -> float | None:
-    """Share of a dense model's tokens that was computed, from the log lines or the result."""
-    for sums in (run.result, *reversed(run.rows)):
-        if sums.get("tokens_dense"):
-            return float(sums["tokens_computed"] / sums["tokens_dense"])
-    return None

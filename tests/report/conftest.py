@@ -35,6 +35,7 @@ def write_run(tmp_path, recipes):
             results += [{
                 "step": step, "split": "val", "scores": {"t2v_r1": score}, "device_seconds": (pace + 5) * number,
                 "evaluation_seconds": 5.0 * number, "wall_seconds": 1.0, "date": "2026-11-28",
+                "clips": 128 * step, "flops": 1e11 * step,
             }]  # fmt: skip
             rows += [{"step": step, "val_t2v_r1": score}]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -50,7 +50,13 @@ def test_the_page_says_it_all_and_escapes_it(several):
     assert "<img" not in words and "<b>" not in words and "onerror" in unescape(words)
     assert "&lt;/script&gt;&lt;b&gt;" in words and "<img" not in json.dumps(charts)
     assert re.search(r"<h1>&lt;img.*reached R@1 = 30.0% on shapes val in .* of dense: 3.00x</h1>", words)
-    for said in ("objectives.mvm", "no ledger.json", "not finished: at step 60 of 600", "30 to 60"):
+    for said in (
+        "objectives.mvm",
+        "no ledger.json",
+        "not finished: at step 60 of 600",
+        "30 to 60",
+        "Not here, since what its scores cost is not known: old.",
+    ):
         assert said in unescape(words), said
     # Each published number is a cell of the table, with its source; the runs' chart has none of them.
     for one in PUBLISHED:
@@ -58,7 +64,7 @@ def test_the_page_says_it_all_and_escapes_it(several):
         assert all(f"<td class=n>{100 * score:.1f}</td>" in words for score in one.scores.values())
     assert "Neither axis can be read across" in words
     texts = {trace.get("name") for trace in charts["score0"]["data"]}
-    assert "old" in texts and not any("VindLU" in str(trace) for trace in charts["score0"]["data"])
+    assert "dense" in texts and not any("VindLU" in str(trace) for trace in charts["score0"]["data"])
     [known] = [trace for trace in charts["score_published"]["data"] if trace["mode"] == "markers+text"]
     assert known["text"][0] == "Singularity 5M" and len(known["x"]) == 5
     # Nothing is asked of a network: links alone lead outside.
@@ -84,7 +90,7 @@ def test_twenty_runs_and_none_with_a_score(write_run):
     (folders[0] / "ledger.json").unlink()
     (folders[0] / "result.json").unlink()
     words, charts = split(page(read_runs(folders[:1]), []))
-    assert "None of these runs has a score yet" in words and "smaug has no score yet" in words
+    assert "Not here, having no score yet: run-with-a-rather-long-name-0" in words and "smaug has no score yet" in words
 
 
 def test_long_runs_are_thinned_and_the_page_says_so(write_run):

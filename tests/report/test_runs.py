@@ -3,6 +3,7 @@ import os
 
 import pytest
 
+from smaug.report.page import page
 from smaug.report.runs import read, read_runs, short_names
 
 
@@ -15,6 +16,7 @@ def test_a_run_with_its_ledger(write_run):
     assert run.phases() == pytest.approx({"data": 10.8, "forward": 43.2, "backward": 54, "evaluation": 15})
     assert run.utilisation() == (pytest.approx(6e12 / 108e12), "1e+12 FLOP/s (measured, product of 1024)")
     assert run.finished and run.state == "finished at step 60" and run.notes == []
+    assert run.tokens_kept() == pytest.approx(39 / 109)
     assert str(run.on) == "shapes" and run.on.score == "R@1" and run.machine.startswith("AMD EPYC, 1 threads")
 
 
@@ -25,17 +27,42 @@ def test_what_was_done_again_is_paid_for(write_run):
     (folder / "ledger.json").write_text(json.dumps(book))
     run = read(folder, "a")
     assert "10 steps were done again after a kill, and are paid for twice" in run.notes
-    assert [p.flops for p in run.curve] == pytest.approx([2e12, 3e12 + 1.5e12, 6e12])
 
 
-def test_without_a_ledger_the_log_lines_tell(write_run):
+def test_scores_stand_in_the_order_of_time(write_run):
+    """Killed behind step 40, it was evaluated there again. A result of before that has no clips, nor FLOPs."""
+    folder = write_run("a")
+    book = json.loads((folder / "ledger.json").read_text())
+    first, second, third = book["results"]
+    book["results"] = [first, third | {"step": 40}, second | {"step": 40, "device_seconds": 150.0}]
+    del book["results"][2]["clips"], book["results"][2]["flops"]
+    (folder / "ledger.json").write_text(json.dumps(book))
+    run = read(folder, "a")
+    assert [(p.step, p.score, p.clips) for p in run.curve] == [(20, 0.1, 2560), (40, 0.4, 7680), (40, 0.2, None)]
+    assert run.curve[2].flops is None and run.curve[2].hours == pytest.approx(140 / 3600)
+
+
+def test_a_run_that_began_before_there_were_ledgers(write_run):
+    folder = write_run("a", turns=2)
+    book = json.loads((folder / "ledger.json").read_text())
+    why = "not recorded: the run began before there were ledgers"
+    book["turns"][0] |= dict.fromkeys(("machine", "way", "command", "energy_is"), why)
+    book["turns"][0] |= {"device": "", "device_name": "", "dtype": "", "smaug": "", "rate": None, "began": ""}
+    (folder / "ledger.json").write_text(json.dumps(book))
+    run = read(folder, "a")
+    assert run.notes == ["of its first 30 steps the hours are known, but not their phases, tokens and FLOPs"]
+    assert run.machine.startswith("AMD EPYC") and run.of_turns("dtype") == "bfloat16" and len(run.turns) == 1
+    assert run.hours == pytest.approx(0.03) and "not recorded" not in page([run], [])
+
+
+def test_without_a_ledger_costs_are_not_known(write_run):
     for damaged in (False, True):
         folder = write_run(f"a{damaged}", ledger=False)
         if damaged:
             (folder / "ledger.json").write_text("{")
         run = read(folder, "a")
-        assert [p.hours for p in run.curve] == pytest.approx([0.01, 0.02, 0.03]) and run.ledger is None
-        assert run.hours == pytest.approx(0.03) and run.phases() == {}
+        assert [(p.score, p.hours) for p in run.curve] == [(0.1, None), (0.2, None), (0.4, None)]
+        assert run.ledger is None and run.hours is None and run.phases() == {} and run.tokens_kept() is None
         assert ("ledger.json" in run.notes[0]) and len(run.notes) == 1
         assert ("damaged" in run.notes[0]) == damaged
 
@@ -66,7 +93,7 @@ def test_result_alone(write_run):
         (folder / name).unlink()
     run = read(folder, "a")
     assert run.recipe["name"] == "smaug" and str(run.on) == "shapes" and run.curve == []
-    assert run.end and run.end.score == 0.4 and run.end.hours == pytest.approx(0.03)
+    assert run.end and run.end.score == 0.4 and run.end.hours is None
     assert "config.json is missing" in run.notes[0] and any("--eval-every" in note for note in run.notes)
 
 
@@ -74,6 +101,7 @@ def test_what_a_reader_must_know(write_run, recipes):
     data = recipes["smaug"]["data"] | {"manifest": ["/a/train.csv"], "eval_manifest": ["/a/msrvtt_test.csv"]}
     run = read(write_run("a", changes={"data": data | {"format": "msrvtt"}}, init="/runs/before"), "a")
     assert run.on.name == "MSR-VTT" and str(run.on) == "MSR-VTT (msrvtt_test.csv)"
+    assert run.on.files == ("msrvtt_test.csv",)  # wherever they are
     assert any("began from /runs/before" in note for note in run.notes)
     assert any("val and test are the same files" in note for note in run.notes)
     run = read(write_run("b", changes={"data": data | {"eval_manifest": []}}), "b")
