@@ -434,6 +434,13 @@ def test_what_a_kill_makes_to_be_done_again_is_paid_twice(call, monkeypatch):
     assert "device-hours of training" in out
 
 
+def test_of_no_steps_there_are_no_shares(call):
+    code, out, err = call(train.main, "mac", *SMALL, "--max-steps=0")
+    assert code == 0, err
+    said = out[out.index("device-hours of training") :]
+    assert said.count("\n") == 1 and "%" not in said and read(Path("run")).total().utilisation is None
+
+
 def test_a_full_disk_is_told_in_a_line(call):
     Path("run").mkdir()
     Path("run/.ledger.json.aside").symlink_to("/dev/full")

@@ -84,7 +84,7 @@ def _named(run: Run, place: int) -> str:
     colour, dash, marker = charts.look(place)
     return (
         f'<span class="run"><svg width="36" height="14" aria-hidden="true" stroke="{colour}" fill="{colour}">'
-        f'<path d="M0 7h36" stroke-width="2" style="stroke-dasharray:{dash}"/><text x="18" y="12" stroke="none" '
+        f'<path d="M0 7h36" stroke-width="2" style="stroke-dasharray:{dash}"/><text x="18" y="11.5" stroke="none" '
         f'text-anchor="middle">{charts.MARKERS[marker]}</text></svg>{escape(run.name)}</span>'
     )
 
@@ -154,7 +154,7 @@ def _results(runs: Sequence[Run]) -> Iterator[str]:
     yield _table(head, took, range(1, 8))
     yield (
         "<p><small>Dense: the same batches with nothing masked, pruned or left out. Utilisation: the model's FLOPs by "
-        "what the devices could have computed in training. Energy is that of evaluations, too. An empty cell is not "
+        "what the devices could have computed in training. Energy includes evaluations. An empty cell is not "
         "known; each run says why.</small></p>"
     )
 
@@ -176,17 +176,16 @@ def _scores(runs: Sequence[Run], comparisons: Sequence[Comparison], figures: Fig
         yield f"<h3>{escape(str(on))}</h3>"
         those = [(place, run) for place, run in enumerate(runs) if run.on == on]
         drawn = [run for _, run in those if any(point.hours for point in [*run.curve, *filter(None, [run.end])])]
+        if drawn:
+            known = [one for one in PUBLISHED if on.name in one.scores]
+            own = marked if marked and marked.run.on == on else None
+            figures[f"score{number_}"] = charts.scores(those, known, on.name, own)
+            yield _figure(f"score{number_}")
+            yield f"<p>Lines: {on.score} on val in training. Stars: on {_splits(drawn)} at the end. {_devices(drawn)}"
+            yield f" {PROTOCOL}</p>" if known else "</p>"
         lacking = [run for _, run in those if run not in drawn]
         yield from _lacking([run for run in lacking if run.curve or run.end], "since what its scores cost is not known")
-        yield from _lacking([run for run in lacking if not run.curve and not run.end], "having no score yet")
-        if not drawn:
-            continue
-        known = [one for one in PUBLISHED if on.name in one.scores]
-        own = marked if marked and marked.run.on == on else None
-        figures[f"score{number_}"] = charts.scores(those, known, on.name, own)
-        yield _figure(f"score{number_}")
-        yield f"<p>Lines: {on.score} on val during training. Stars: on {_splits(drawn)} at the end. {_devices(drawn)}"
-        yield f" {PROTOCOL}</p>" if known else "</p>"
+        yield from _lacking([run for run in lacking if not (run.curve or run.end)], "having no score yet")
 
 
 def _devices(runs: Sequence[Run]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -99,7 +99,7 @@ class Run:
 
     def phases(self) -> dict[str, float]:
         """Device-seconds by phase, forward in one; {} without a ledger."""
-        merged: Counter[str] = Counter()
+        merged: dict[str, float] = defaultdict(float)
         for phase, seconds in (self.total.seconds if self.total else {}).items():
             merged[phase.partition(":")[0]] += seconds
         return dict(merged)

@@ -103,6 +103,7 @@ def test_what_a_reader_must_know(write_run, recipes):
     assert run.on.name == "MSR-VTT" and str(run.on) == "MSR-VTT (msrvtt_test.csv)"
     assert run.on.files == ("msrvtt_test.csv",)  # wherever they are
     assert any("began from /runs/before" in note for note in run.notes)
+    assert page([run], []).count("not counting the run that a began from") == 3  # title, heading, below the chart
     assert any("val and test are the same files" in note for note in run.notes)
     run = read(write_run("b", changes={"data": data | {"eval_manifest": []}}), "b")
     assert "it was evaluated on pairs that it was trained on" in run.notes
