@@ -281,11 +281,10 @@ def _environment(runs: Sequence[Run]) -> Iterator[str]:
         facts[name] = [run.of_turns(name) or "not known" for run in runs]
     facts |= {f"--{name}": [run.config.get(name, "not known") for run in runs] for name in ("fast", "size")}
     yield _values(runs, facts)
-    whole = [run for run in runs if "model" in run.recipe]
-    if len(whole) > 1:
+    if len(runs) > 1:
         yield "<h3>What differs between their recipes</h3>"
-        found = dict(differing([run.recipe for run in whole]))
-        yield _values(whole, found) if found else "<p>Nothing, not even the seed.</p>"
+        found = dict(differing([run.recipe for run in runs]))
+        yield _values(runs, found) if found else "<p>Nothing, not even the seed.</p>"
 
 
 def _values(runs: Sequence[Run], facts: dict[str, list[Any]]) -> str:

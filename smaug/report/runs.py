@@ -57,7 +57,7 @@ class Evaluated:
 class Run:
     folder: Path
     name: str  # short, and of one run alone in a report
-    config: dict[str, Any]  # config.json, or as much of it as result.json knows
+    config: dict[str, Any]  # config.json
     result: dict[str, Any]  # result.json; empty until a run is finished
     rows: list[dict[str, Any]]  # metrics.jsonl
     ledger: ledger.Ledger | None
@@ -137,34 +137,25 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 def read(folder: Path, name: str) -> Run:
     """A run. ValueError, one line, for a folder that holds none, or a file of it that is damaged beyond use."""
     config, result = _json(folder / "config.json"), _json(folder / "result.json")
-    if not config and not result:
+    if not config:
         raise ValueError(f"{one_line(str(folder))} {_why_no_run(folder)}")
     notes: list[str] = []
-    if not config:
-        notes += ["its config.json is missing: the recipe, the command and the machine are what result.json says"]
-        config = {key: result[key] for key in ("machine", "size", "init") if key in result}
-        config["recipe"] = {"name": result.get("recipe", "unknown"), "task": result.get("task", "retrieval")}
     if not isinstance(config.get("recipe"), dict) or config["recipe"].get("task", "retrieval") not in SCORES:
         raise ValueError(f"{folder / 'config.json'} has no recipe that this version of smaug knows")
     rows = _rows(folder / "metrics.jsonl", notes)
     book: ledger.Ledger | None = None
-    if (folder / "ledger.json").exists():
-        try:
-            book = ledger.read(folder)
-        except ValueError as error:
-            notes += [f"{error}; so what it has cost is not known"]
-    else:
-        notes += ["no ledger.json, as of an older smaug: what it has cost is not known"]
+    try:
+        book = ledger.read(folder)
+    except ValueError as error:
+        notes += [f"what it has cost is not known: {error}"]
     key = SCORES[config["recipe"].get("task", "retrieval")][0]
     curve = _curve(rows, book, key)
     end = _end(result, book, key)
-    last = int(max((row["step"] for row in rows), default=result.get("step", 0)))
+    last = int(max([result.get("step", 0), *(row["step"] for row in rows)]))
     finished = bool(result) and result.get("step", 0) >= last
+    state = f"finished at step {last}" if finished else _unfinished(folder, config["recipe"], result, last)
     return Run(
-        folder, name, config, result, rows, book, _evaluated(config["recipe"], result), curve, end,
-        finished=finished,
-        state=f"finished at step {result.get('step', last)}" if finished
-        else _unfinished(folder, config["recipe"], result, last),
+        folder, name, config, result, rows, book, _evaluated(config["recipe"]), curve, end, finished, state,
         skipped=_skipped(folder, result), notes=[*notes, *_caveats(config, rows, book, curve)],
     )  # fmt: skip
 
@@ -236,11 +227,8 @@ def _end(result: dict[str, Any], book: ledger.Ledger | None, key: str) -> Point 
     return _point(first, key) if first else Point(step, result[key], None, None, None)
 
 
-def _evaluated(recipe: dict[str, Any], result: dict[str, Any]) -> Evaluated:
-    task, data = recipe.get("task", "retrieval"), recipe.get("data")
-    if data is None:  # result.json alone
-        split = f" {result.get('split', '')}"
-        return Evaluated(str(result.get("evaluated_on", "data not known")).removesuffix(split), (), (), task)
+def _evaluated(recipe: dict[str, Any]) -> Evaluated:
+    task, data = recipe.get("task", "retrieval"), recipe.get("data") or {}
     if not data.get("manifest"):
         return Evaluated("shapes", (), tuple(data.get("shapes", ())[1:]), task)
     files = tuple(map(str, data.get("eval_manifest") or data["manifest"]))

@@ -52,7 +52,7 @@ def test_the_page_says_it_all_and_escapes_it(several):
     assert re.search(r"<h1>&lt;img.*reached R@1 = 30.0% on shapes val in .* of dense: 3.00x</h1>", words)
     for said in (
         "objectives.mvm",
-        "no ledger.json",
+        "has no ledger",
         "not finished: at step 60 of 600",
         "30 to 60",
         "Not here, since what its scores cost is not known: old.",

@@ -87,16 +87,6 @@ def test_a_run_that_goes_on_or_was_killed(write_run):
     assert "before its first log line" in run.state and run.hours is None
 
 
-def test_result_alone(write_run):
-    folder = write_run("a")
-    for name in ("config.json", "metrics.jsonl", "ledger.json"):
-        (folder / name).unlink()
-    run = read(folder, "a")
-    assert run.recipe["name"] == "smaug" and str(run.on) == "shapes" and run.curve == []
-    assert run.end and run.end.score == 0.4 and run.end.hours is None
-    assert "config.json is missing" in run.notes[0] and any("--eval-every" in note for note in run.notes)
-
-
 def test_what_a_reader_must_know(write_run, recipes):
     data = recipes["smaug"]["data"] | {"manifest": ["/a/train.csv"], "eval_manifest": ["/a/msrvtt_test.csv"]}
     run = read(write_run("a", changes={"data": data | {"format": "msrvtt"}}, init="/runs/before"), "a")
@@ -127,13 +117,16 @@ def test_questions_are_scored_by_accuracy(write_run):
 
 
 def test_a_wrong_path_is_told_with_what_is_near(write_run, tmp_path):
-    folder = write_run("smaug-1")
+    folder, result = write_run("smaug-1"), tmp_path / "result alone"
+    result.mkdir()
+    (result / "result.json").write_text("{}")
     for wrong, said in {
         folder.parent / "smaug-l": f"is not there; did you mean {folder}",
         folder.parent: f"holds no run but 1 folders that do: name them, as {folder.parent}/*",
         tmp_path / "x" / "y": f"there is no folder {tmp_path / 'x'} either",
         folder / "config.json": "is a file, and a run is a folder",
         tmp_path: "holds no run: there is no",
+        result: f"holds no run: there is no {result / 'config.json'}",
     }.items():
         with pytest.raises(ValueError) as error:
             read(wrong, "a")
