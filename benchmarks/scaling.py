@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import tyro
 
 from benchmarks.bench_train_step import VOCABULARY, batch_of
+from benchmarks.timing import clock
 from smaug import calibration, cost, device
 from smaug.cost import BF16_CPU, CLUSTERS, FP32, RAW, REENCODED, Clips, Device, Job, Load, Work
 from smaug.estimate import entering
@@ -33,6 +35,7 @@ from smaug.step import training_step
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PICTURE = ROOT / "docs/scaling.md", ROOT / "docs/cost_on_cpu.png"
 MEASURED, CALIBRATED = (ROOT / f"benchmarks/results/cost_on_cpu{what}.csv" for what in ("", "_rates"))
+THREADS = 1, 2  # that steps are timed with
 BAND = 0.15  # median error that the model may have on this CPU
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -75,28 +78,34 @@ def with_video(recipe: Recipe, **changed: int) -> Recipe:
 
 def measure(options: Options) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
     """Steps of all configurations, forward to AdamW, in bf16 where the processor has it, and the rates of as many
-    calibrations, all interleaved. Each has a few steps at a time, the first of them not timed: a run repeats its step,
-    and what the library has made for these shapes is there. Seconds are of the processor, since others use it too."""
-    torch.set_num_threads(1)
+    calibrations, all interleaved, with one thread and with two. Each has a few steps at a time, the first of them not
+    timed: a run repeats its step, and what the library has made for these shapes is there. Seconds of one thread are of
+    the processor, since others use it too."""
     way = device.choose(True, "cpu")
     steps = {name: stepper(recipe, pairs, way) for name, (recipe, pairs) in configurations().items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    rates: list[dict[str, object]] = []
+    times: dict[tuple[int, str], list[float]] = {(count, name): [] for count in THREADS for name in steps}
+    rates, machines = list[dict[str, object]](), dict[int, str]()
     for number in range(1, options.rounds + 1):
-        for name, step in steps.items():
-            times[name] += [step() for _ in range(4)][1:]
-        rates += [
-            {"calibration": number, "unit": unit, "forward": f"{there:.4g}", "backward": f"{back:.4g}"}
-            for unit, (there, back) in calibration.rates(way, options.seconds).items()
-        ]
+        for count in THREADS:
+            torch.set_num_threads(count)
+            machines[count] = device.describe(way.device)
+            for name, step in steps.items():
+                times[count, name] += [step() for _ in range(4)][1:]
+            rates += [
+                {
+                    "threads": count, "calibration": number, "unit": unit, "forward": f"{there:.4g}",
+                    "backward": f"{back:.4g}",
+                }
+                for unit, (there, back) in calibration.rates(way, options.seconds).items()
+            ]  # fmt: skip
         print(f"round {number} of {options.rounds}", file=sys.stderr)
     rows: list[dict[str, object]] = [
         {
-            "configuration": name, "seconds": f"{median(took):.5f}", "least": f"{min(took):.5f}",
+            "threads": count, "configuration": name, "seconds": f"{median(took):.5f}", "least": f"{min(took):.5f}",
             "most": f"{max(took):.5f}", "dtype": str(way.dtype).removeprefix("torch."),
-            "machine": device.describe(way.device), "date": time.strftime("%Y-%m-%d"),
+            "machine": machines[count], "date": time.strftime("%Y-%m-%d"),
         }
-        for name, took in times.items()
+        for (count, name), took in times.items()
     ]  # fmt: skip
     return rows, rates
 
@@ -107,12 +116,13 @@ def stepper(recipe: Recipe, pairs: int, way: device.Way) -> Callable[[], float]:
     update = Update(model, recipe.optim)
 
     def step() -> float:
-        before = time.process_time()
+        now = clock(way.device)
+        before = now()
         with way.autocast():
             loss = training_step(model, recipe, batch)[0]
         loss.backward()
         update(batch.step)
-        return time.process_time() - before
+        return now() - before
 
     return step
 
@@ -454,20 +464,24 @@ def counted_here(name: str, dtype: str) -> Work:
     return cost.total(cost.parts(recipe, load, vocabulary=VOCABULARY, precision=precision).values())
 
 
-def calibrations() -> list[dict[str, tuple[float, float]]]:
+def kept(path: Path, threads: int) -> list[dict[str, str]]:
+    return [row for row in csv.DictReader(path.read_text().splitlines()) if row.get("threads") == str(threads)]
+
+
+def calibrations(threads: int) -> list[dict[str, tuple[float, float]]]:
     """Those that are kept, each by unit; before them their medians."""
     single: dict[str, dict[str, tuple[float, float]]] = {}
-    for row in csv.DictReader(CALIBRATED.read_text().splitlines()):
+    for row in kept(CALIBRATED, threads):
         single.setdefault(row["calibration"], {})[row["unit"]] = float(row["forward"]), float(row["backward"])
     if not single:
-        raise ValueError(f"{CALIBRATED} is empty; run with --measure")
+        raise ValueError(f"{CALIBRATED} has nothing of {threads} threads; run with --measure")
     each = list(single.values())
     return [{u: (median(one[u][0] for one in each), median(one[u][1] for one in each)) for u in each[0]}, *each]
 
 
-def points() -> list[Point]:
+def points(threads: int) -> list[Point]:
     """What was measured here, beside what the model makes of the rates of the same hour."""
-    rows, rates = list(csv.DictReader(MEASURED.read_text().splitlines())), calibrations()
+    rows, rates = kept(MEASURED, threads), calibrations(threads)
     if {row.get("configuration") for row in rows} != configurations().keys():
         raise ValueError(f"{MEASURED} does not have the steps of `configurations`; run with --measure")
     found = []
@@ -533,7 +547,7 @@ def nanoseconds(seconds: float) -> str:
 def rates_table() -> str:
     """Units of one kind stand in one row."""
     kinds: dict[str, dict[str, tuple[float, float]]] = {}
-    for unit, rate in calibrations()[0].items():
+    for unit, rate in calibrations(1)[0].items():
         kind, _, size = unit.partition(" x ") if " x " in unit else unit.partition(" ")
         kinds.setdefault(kind, {})[size] = rate
     body: list[list[object]] = [
@@ -546,14 +560,19 @@ def rates_table() -> str:
     return rows_of("| unit | what one is | at | forward ns | backward ns |", body)
 
 
-def draw(found: list[Point], path: Path) -> None:
+def draw(found: dict[int, list[Point]], path: Path) -> None:
     """Predicted against measured, and the band that the model has to keep in the median."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("the picture needs matplotlib: pip install -c constraints.txt -e '.[plots]'") from None
-    figure = Figure(figsize=(7, 6.6), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(13, 6.6), layout="constrained")
+    for axes, (threads, some) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
+        _draw(axes, threads, some)
+    figure.savefig(path, dpi=130)
+
+
+def _draw(axes: Any, threads: int, found: list[Point]) -> None:
     each = [1e3 * x for point in found for x in (point.seconds, point.predicted)]
     line = [min(each) / 2, max(each) * 2]
     ticks = [x for x in (digit * 10**power for power in range(5) for digit in (1, 2, 5)) if line[0] <= x <= line[1]]
@@ -577,13 +596,12 @@ def draw(found: list[Point], path: Path) -> None:
         axes.plot([], [], "o", color=color, markersize=4, label=f"size {size}")
     machine, date = found[0].row["machine"].split(",")[0], found[0].row["date"]
     axes.set(xscale="log", yscale="log", xlim=line, ylim=line, aspect="equal")
-    axes.set(title=f"A training step: cost model and {machine}, one thread, {date}")
+    axes.set(title=f"A training step: cost model and {machine}, {threads} thread{'s' * (threads > 1)}, {date}")
     axes.set(xlabel="measured, ms (bar: range of steps)", ylabel="predicted, ms (bar: range of calibrations)")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks(ticks, [str(tick) for tick in ticks])
         axis.set_ticks([], minor=True)
     axes.legend(loc="upper left", frameon=False)
-    figure.savefig(path, dpi=130)
 
 
 def tables() -> dict[str, str]:
@@ -601,7 +619,7 @@ def tables() -> dict[str, str]:
         "shard": shard_table(),
         **plan_tables(),
         "published": published_table(),
-        "cpu": cpu_table(points()),
+        **{f"cpu {count}": cpu_table(points(count)) for count in THREADS},
         "rates": rates_table(),
     }
 
@@ -630,7 +648,7 @@ def main() -> int:
                 write(path, lines.getvalue())
         found = tables()
         write(PAGE, renewed(PAGE.read_text(), found))
-        draw(points(), PICTURE)
+        draw({count: points(count) for count in THREADS}, PICTURE)
     except (ValueError, OSError) as error:
         return refuse(error)
     except KeyboardInterrupt:

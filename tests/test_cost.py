@@ -431,9 +431,10 @@ def test_the_dense_baseline_leaves_nothing_out(name):
     assert cost.dense(recipe) == recipe
 
 
-def test_steps_that_were_measured_on_this_cpu():
+@pytest.mark.parametrize("threads", scaling.THREADS)
+def test_steps_that_were_measured_on_this_cpu(threads):
     """Of numbers of one day that are kept; so a change of the model cannot spoil it unseen."""
-    found = scaling.points()
+    found = scaling.points(threads)
     assert len(found) >= 12 and len({point.row["configuration"].split(",")[0] for point in found}) == 7
     assert scaling.median_error(found) <= scaling.BAND
     assert max(abs(point.error) for point in found) <= 0.3
