@@ -388,6 +388,7 @@ def test_a_bad_manifest_is_told_in_a_sentence(call, own, text, said):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the shared real clips are not at {SHARED}")
+@pytest.mark.slow
 def test_real_clips_and_images_are_learned(call):
     code, _, err = call(
         train.main, "mac", "--fast", "--data.manifest", SHARED / "clips.csv", SHARED / "images.csv",
