@@ -18,11 +18,11 @@ import functools
 import itertools
 import math
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -113,6 +113,46 @@ class Load:
         if self.pairs < 1 or self.words < 1 or self.world < 1:
             given = f"{self.pairs}, {self.words:g} and {self.world}"
             raise ValueError(f"a step has at least one pair, one word and one process, not {given}")
+
+
+@dataclass(frozen=True)
+class VideoTokens:
+    """Of one clip in a step. Its rows of the video encoder are those of `sequences` sequences that are alike."""
+
+    sequences: int  # of a clip: its moments where attend="frame", else one
+    masked: int  # patches of a sequence that never enter
+    patches: tuple[int, ...]  # of a sequence: that enter block 0, 1, ..., and last those that leave the encoder
+    fused: tuple[int, ...]  # likewise, tokens that pruned patches were melted into
+
+    @property
+    def rows(self) -> list[int]:
+        """Likewise, with [CLS]."""
+        return [1 + patches + fused for patches, fused in zip(self.patches, self.fused, strict=True)]
+
+
+def video_tokens(recipe: Recipe, step: int | None = None, frames: int | None = None) -> VideoTokens:
+    """How many tokens the video encoder has where: the mask of a step, then its keep rate at each pruning block, as
+    `VideoEncoder` does it.
+
+    step: none is the middle of the run; frames: of a clip, none is the recipe's. ValueError for frames that do not fill
+    tubelets, and for a mask that keeps unequal parts of moments that are sequences of their own. O(depth).
+    """
+    video, step = recipe.model.video, recipe.optim.steps // 2 if step is None else step
+    frames = video.frames if frames is None else frames
+    mask, rate = video_mask(recipe, step), keep_rate(recipe, step)
+    sequences, every = video.sequences(frames), video.times(frames) * video.patches
+    kept = mask.keep(video.times(frames), video.patches)
+    if kept % sequences:
+        raise ValueError(
+            f"a video mask of kind {mask.kind!r} keeps unequal parts of moments; attend='frame' needs 'even' or 'tube'"
+        )
+    patches, fused = [kept // sequences], [0]
+    for block in range(video.depth):
+        now = patches[-1]
+        stay = min(now, video.prune.count(now, rate)) if block in video.prune.blocks else now
+        patches.append(stay)
+        fused.append(fused[-1] + (stay < now and video.prune.fuse != "none"))
+    return VideoTokens(sequences, (every - kept) // sequences, tuple(patches), tuple(fused))
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
@@ -255,8 +295,8 @@ def cross_attention(
 def parts(recipe: Recipe, load: Load, *, vocabulary: int = 30522, precision: Precision = BF16_GPU) -> dict[str, Work]:
     """Every part of a step by name, in the order of the forward. What is not trained or computed is not there."""
     p, text, width = precision, recipe.model.text, recipe.model.text.width
-    video, views = _video(recipe, load, p), _views(recipe, load)
-    found = dict(video.parts)
+    video, views = video_tokens(recipe, load.step, load.frames), _views(recipe, load)
+    found = dict(_video(recipe, load, video, p))
     distinct = _distinct(views.values())
     rows, pairs = (load.pairs * sum(view.each * view.words**power for view in distinct) for power in (1, 2))
     found["word embedding"] = total(
@@ -285,70 +325,44 @@ def parts(recipe: Recipe, load: Load, *, vocabulary: int = 30522, precision: Pre
     return found
 
 
-@dataclass(frozen=True)
-class _Video:
-    parts: dict[str, Work]
-    sequences: int
-    times: int  # sequences of a clip
-    tokens: float  # of a sequence at the end
-    visible: float  # rows that the decoder may read: those that stayed
-    left: float  # and those that left
-    removed: int  # patches of a sequence that were masked
-
-
-def _video(recipe: Recipe, load: Load, p: Precision) -> _Video:
-    video, step = recipe.model.video, recipe.optim.steps // 2 if load.step is None else load.step
+def _video(recipe: Recipe, load: Load, seen: VideoTokens, p: Precision) -> Iterable[tuple[str, Work]]:
+    video, width, rows = recipe.model.video, recipe.model.video.width, seen.rows
     frames = video.frames if load.frames is None else load.frames
-    times, each = video.times(frames), video.sequences(frames)
-    mask, rate, width = video_mask(recipe, step), keep_rate(recipe, step), video.width
-    kept_rows = load.pairs * mask.keep(times, video.patches)
-    sequences = load.pairs * each
+    sequences = load.pairs * seen.sequences
+    kept_rows = sequences * seen.patches[0]
     pixels = 3 * video.patch**2 * (1 if frames == 1 else video.tubelet)
     table = 3 * video.patch**2 * video.tubelet
     embed = 2.0 * kept_rows * pixels * width
-    found = {
-        "patch embedding": Work(
-            flops=embed,
-            backward_flops=embed,  # pixels need no gradient
-            bytes=kept_rows * pixels + p.stream * ((kept_rows + sequences) * width + pixels * width),
-            backward_bytes=kept_rows * pixels + p.stream * kept_rows * width + 4 * pixels * width,
-            saved=4 * kept_rows,
-            weights=(table + 1) * width + (video.patches + video.times(video.frames) + 1) * width,
-            launches=30,  # with the mask
-            amounts={"pixel": kept_rows * pixels, **product(2 * embed, width)},
-        )
-    }
-    if video.norm_before:
-        found["patch embedding"] += norm(kept_rows + sequences, width, p)
-    if kept_rows % sequences:
-        raise ValueError(
-            f"a video mask of kind {mask.kind!r} keeps unequal parts of moments; attend='frame' needs 'even' or 'tube'"
-        )
-    patches, fused, left = kept_rows // sequences, 0, 0
+    embedding = Work(
+        flops=embed,
+        backward_flops=embed,  # pixels need no gradient
+        bytes=kept_rows * pixels + p.stream * ((kept_rows + sequences) * width + pixels * width),
+        backward_bytes=kept_rows * pixels + p.stream * kept_rows * width + 4 * pixels * width,
+        saved=4 * kept_rows,
+        weights=(table + 1) * width + (video.patches + video.times(video.frames) + 1) * width,
+        launches=30,  # with the mask
+        amounts={"pixel": kept_rows * pixels, **product(2 * embed, width)},
+    )
+    yield "patch embedding", embedding + norm(kept_rows + sequences, width, p) if video.norm_before else embedding
     relative = ((2 * video.rows - 1) ** 2 + 3) * video.heads if video.relative_position else 0
-    for number in range(video.depth):
-        before = 1 + patches + fused
-        leave = max(0, patches - video.prune.count(patches, rate)) if number in video.prune.blocks else 0
+    for number, (before, after) in enumerate(itertools.pairwise(rows)):
+        leave = seen.patches[number] - seen.patches[number + 1]
         work = self_attention(sequences * before, sequences * before**2, width, video.heads, p)
         if leave:
-            patches, fused, left = patches - leave, fused + (video.prune.fuse != "none"), left + sequences * leave
-            moved = sequences * (before + 1 + patches + fused + leave) * width
+            moved = sequences * (before + after + leave) * width
             work += Work(bytes=p.stream * moved, backward_bytes=p.stream * moved, launches=17)
-        work += mlp(sequences * (1 + patches + fused), width, video.mlp_ratio, p)
+        work += mlp(sequences * after, width, video.mlp_ratio, p)
         work += Work(weights=relative, enters=p.stream * sequences * before * width)
         if leave:  # runs in halves
-            work += Work(enters=p.stream * sequences * (1 + patches + fused) * width, twice=work.weights)
+            work += Work(enters=p.stream * sequences * after * width, twice=work.weights)
         if relative:  # the bias that is added to the logits
             work += Work(saved=p.stream * sequences * video.heads * before**2, launches=25)
-        found[f"video block {number}"] = work
-    tokens = 1 + patches + fused
+        yield f"video block {number}", work
     for number in range(video.temporal_layers):
-        pairs = load.pairs * each**2
-        found[f"temporal layer {number}"] = block(sequences, pairs, width, video.heads, video.mlp_ratio, p)
+        pairs = load.pairs * seen.sequences**2
+        yield f"temporal layer {number}", block(sequences, pairs, width, video.heads, video.mlp_ratio, p)
     # what the last norm gives is read by the fusion encoder and the heads
-    found["video norm"] = norm(sequences * tokens, width, p) + kept(sequences * tokens * width, p)
-    removed = (load.pairs * times * video.patches - kept_rows) // sequences
-    return _Video(found, sequences, each, tokens, sequences * patches, left, removed)
+    yield "video norm", norm(sequences * rows[-1], width, p) + kept(sequences * rows[-1] * width, p)
 
 
 @dataclass(frozen=True)
@@ -400,30 +414,26 @@ def _masked(mlm: Mlm, load: Load) -> float:
 
 
 def _fusion(
-    recipe: Recipe, load: Load, views: Mapping[str, _View], video: _Video, p: Precision
+    recipe: Recipe, load: Load, views: Mapping[str, _View], video: VideoTokens, p: Precision
 ) -> Iterable[tuple[str, Work]]:
     model, width = recipe.model, recipe.model.text.width
     fused = _fused(recipe, load)
-    read = [load.pairs * view.each * view.words for view in _distinct(views[name] for name, *_ in fused)]
-    read_pairs = [load.pairs * view.each * view.words**2 for view in _distinct(views[name] for name, *_ in fused)]
-    rows = sum(count * views[name].words for name, count, _ in fused)
-    pairs = sum(count * views[name].words ** 2 for name, count, _ in fused)
-    asked = sum(count * asked for _, count, asked in fused)
-    frames = video.times
+    distinct = _distinct(views[name] for name, *_ in fused)
+    read, read_pairs = (sum(load.pairs * view.each * view.words**power for view in distinct) for power in (1, 2))
+    rows, pairs = (sum(count * views[name].words ** power for name, count, _ in fused) for power in (1, 2))
+    texts, asked = sum(count for _, count, _ in fused), sum(count * asked for _, count, asked in fused)
+    frames, tokens, sequences = video.sequences, video.rows[-1], load.pairs * video.sequences
     if 0 < model.selector.keep < frames:
-        meetings, frames = sum(count for _, count, _ in fused), model.selector.keep
-        yield (
-            "frame selector",
-            linear(video.sequences, model.video.width, model.selector.width, p)
-            + linear(meetings, width, model.selector.width, p)
-            + Work(saved=12.0 * meetings * video.times * model.selector.width, launches=60),  # fp32 vectors of meetings
-        )
+        frames = model.selector.keep
+        scores = linear(sequences, model.video.width, model.selector.width, p)
+        scores += linear(texts, width, model.selector.width, p)
+        vectors = 12.0 * texts * video.sequences * model.selector.width  # fp32
+        yield "frame selector", scores + Work(saved=vectors, launches=60)
     elif model.selector.keep:
         yield "frame selector", Work(weights=(model.video.width + width + 2) * model.selector.width)
     yield from _crossing(
-        "fusion block", model.fusion, width, model.video.width, first=(sum(read), sum(read_pairs)), rows=(rows, pairs),
-        asked=asked, keys=video.sequences * video.tokens, seen=frames * video.tokens,
-        texts=sum(count for _, count, _ in fused), p=p,
+        "fusion block", model.fusion, width, model.video.width, first=(read, read_pairs), rows=(rows, pairs),
+        asked=asked, keys=sequences * tokens, seen=frames * tokens, texts=texts, p=p,
     )  # fmt: skip
 
 
@@ -446,7 +456,7 @@ def _crossing(
 
 
 def _head(
-    objective: Vtc | Vtm | Mlm | Mvm | Mc | Answer, recipe: Recipe, load: Load, video: _Video, vocabulary: int,
+    objective: Vtc | Vtm | Mlm | Mvm | Mc | Answer, recipe: Recipe, load: Load, video: VideoTokens, vocabulary: int,
     p: Precision,
 ) -> Iterable[tuple[str, Work]]:  # fmt: skip
     model, width, pairs = recipe.model, recipe.model.text.width, load.pairs
@@ -498,8 +508,8 @@ def _head(
             )  # fmt: skip
             yield "vocabulary", classes(begun, width, vocabulary, p)
     if isinstance(objective, Mvm):
-        for name, work in _decoder(objective.decoder, model.video, video, p):
-            yield name, work if video.removed else Work(weights=work.weights)  # nothing is masked, nothing runs
+        for name, work in _decoder(objective.decoder, model.video, video, pairs, p):
+            yield name, work if video.masked else Work(weights=work.weights)  # nothing is masked, nothing runs
 
 
 def contrast(pairs: int, world: int, width: int, part: int) -> Work:
@@ -529,15 +539,15 @@ def classes(rows: float, width: int, count: int, p: Precision) -> Work:
 
 
 def _decoder(
-    config: DecoderConfig, video: VideoEncoderConfig, seen: _Video, p: Precision
+    config: DecoderConfig, video: VideoEncoderConfig, seen: VideoTokens, clips: int, p: Precision
 ) -> Iterable[tuple[str, Work]]:
     """The pixel decoder. Its last block computes rebuilt patches alone, see `Block.end`."""
     width, pixels = config.width, 3 * video.patch**2 * video.tubelet
-    visible = seen.visible + (seen.left if config.decoder_input == "exit" else 0)
-    enters = visible + (seen.sequences if config.cls else 0)
-    asked = seen.sequences * max(1, round(config.share * seen.removed))
+    sequences = clips * seen.sequences
+    enters = sequences * (seen.patches[0 if config.decoder_input == "exit" else -1] + config.cls)
+    asked = sequences * max(1, round(config.share * seen.masked))
     rows = enters + asked
-    length = rows / seen.sequences
+    length = rows / sequences
     tables = (1 + video.times(video.frames) * video.patches + config.cls) * width
     enter = linear(enters, video.width, width, p) + Work(
         bytes=3 * p.stream * rows * width, backward_bytes=3 * p.stream * rows * width, weights=tables
@@ -592,7 +602,8 @@ DEVICES = {
         Device("H100", 989.4e12, 3350e9, 80e9, ("H100 80GB HBM3",)),  # SXM; H100 data sheet: 1,979 with sparsity
         Device("H100 PCIe", 756e12, 2000e9, 80e9, ("H100 PCIe",)),  # H100 data sheet: 1,513 with sparsity
         Device("H200", 989.4e12, 4800e9, 141e9, ("H200",)),  # H200 data sheet: 1,979 with sparsity
-        # HGX B200 data sheet: 4,500 with sparsity, 62 TB/s and 1.44 TB for 8
+        # Blackwell data sheet, HGX B200: 4,500 with sparsity, 7.7 TB/s (62 for 8). Early pages said 8; drivers tell
+        # 7,680 bits at 3,996 MHz, twice a cycle: 7.67 (pytorch/ao#4002).
         Device("B200", 2250e12, 7700e9, 180e9, ("B200",)),
     ]
 }
@@ -896,6 +907,26 @@ def schedule(recipe: Recipe, load: Load, points: int = 20, steps: int | None = N
     be masked."""
     steps = recipe.optim.steps if steps is None else steps
     return [replace(load, step=int(steps * (i + 0.5) / points)) for i in range(points)]
+
+
+class Stage(NamedTuple):
+    """Steps of a run that are alike."""
+
+    share: float  # of all steps
+    load: Load
+    counted: dict[str, Work]
+
+
+def stages(
+    recipe: Recipe, load: Load, count: Callable[[Recipe, Load], dict[str, Work]] = parts, steps: int | None = None
+) -> list[Stage]:
+    """The points of `schedule`, those that mask and prune alike as one; what `count` says is a mean over the run when
+    it is weighted by `share`."""
+    alike = defaultdict[tuple[VideoMask, float], list[Load]](list)
+    for one in (points := schedule(recipe, load, steps=steps)):
+        assert one.step is not None
+        alike[video_mask(recipe, one.step), keep_rate(recipe, one.step)].append(one)
+    return [Stage(len(ones) / len(points), ones[0], count(recipe, ones[0])) for ones in alike.values()]
 
 
 def dense(recipe: Recipe) -> Recipe:

@@ -424,8 +424,9 @@ def test_a_device_that_is_not_known():
 @pytest.mark.parametrize("name", names())
 def test_the_dense_baseline_leaves_nothing_out(name):
     recipe = cost.dense(load(name, "base"))
-    seen, video = cost._video(recipe, cost.Load(8), cost.FP32), recipe.model.video
-    assert seen.removed == seen.left == 0 and seen.visible == 8 * video.times(video.frames) * video.patches
+    seen, video = cost.video_tokens(recipe), recipe.model.video
+    assert seen.masked == 0 and seen.sequences * seen.patches[-1] == video.times(video.frames) * video.patches
+    assert len(set(seen.rows)) == 1 and len(seen.rows) == video.depth + 1
     assert all(view.words == 12 for view in cost._views(recipe, cost.Load(8)).values())
     assert not any("selector" in part or "mvm" in part for part in cost.parts(recipe, cost.Load(8)))
     assert cost.dense(recipe) == recipe
