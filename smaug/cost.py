@@ -291,6 +291,8 @@ def cross_attention(
 
 # --- the parts of a step ----------------------------------------------------------------------------------------------
 
+ENCODERS = "patch", "video", "temporal", "word", "text"  # parts of both encoders are called so and more
+
 
 def parts(recipe: Recipe, load: Load, *, vocabulary: int = 30522, precision: Precision = BF16_GPU) -> dict[str, Work]:
     """Every part of a step by name, in the order of the forward. What is not trained or computed is not there."""

@@ -233,7 +233,7 @@ def side(recipe: Recipe, counted: list[Stage], job: Job, machine: Machine) -> Si
         memory = max(memory, sum(held.values()) - machine.measured * held["context"])  # a CPU has none
         weights = cost.total(stage.counted.values()).weights
         seen = cost.video_tokens(recipe, stage.load.step)
-        tokens = [m + stage.share * seen.sequences * n for m, n in zip(tokens, seen.rows[:-1], strict=True)]
+        tokens = [m + stage.share * (seen.sequences * n) for m, n in zip(tokens, seen.rows[:-1], strict=True)]
     return Side(dict(rows), memory, weights, tokens)
 
 
