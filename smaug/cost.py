@@ -117,17 +117,12 @@ class Load:
 
 @dataclass(frozen=True)
 class VideoTokens:
-    """Of one clip in a step. Its rows of the video encoder are those of `sequences` sequences that are alike."""
+    """A clip in the video encoder at one step, as `sequences` sequences that have the same counts."""
 
     sequences: int  # of a clip: its moments where attend="frame", else one
     masked: int  # patches of a sequence that never enter
     patches: tuple[int, ...]  # of a sequence: that enter block 0, 1, ..., and last those that leave the encoder
-    fused: tuple[int, ...]  # likewise, tokens that pruned patches were melted into
-
-    @property
-    def rows(self) -> list[int]:
-        """Likewise, with [CLS]."""
-        return [1 + patches + fused for patches, fused in zip(self.patches, self.fused, strict=True)]
+    rows: tuple[int, ...]  # likewise, with [CLS] and the tokens that pruned patches were fused into
 
 
 def video_tokens(recipe: Recipe, step: int | None = None, frames: int | None = None) -> VideoTokens:
@@ -146,13 +141,15 @@ def video_tokens(recipe: Recipe, step: int | None = None, frames: int | None = N
         raise ValueError(
             f"a video mask of kind {mask.kind!r} keeps unequal parts of moments; attend='frame' needs 'even' or 'tube'"
         )
-    patches, fused = [kept // sequences], [0]
+    stay, fused = kept // sequences, 0
+    patches, rows = [stay], [1 + stay]
     for block in range(video.depth):
-        now = patches[-1]
-        stay = min(now, video.prune.count(now, rate)) if block in video.prune.blocks else now
+        if block in video.prune.blocks:
+            before, stay = stay, min(stay, video.prune.count(stay, rate))
+            fused += stay < before and video.prune.fuse != "none"
         patches.append(stay)
-        fused.append(fused[-1] + (stay < now and video.prune.fuse != "none"))
-    return VideoTokens(sequences, (every - kept) // sequences, tuple(patches), tuple(fused))
+        rows.append(1 + stay + fused)
+    return VideoTokens(sequences, (every - kept) // sequences, tuple(patches), tuple(rows))
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
@@ -463,10 +460,7 @@ def _head(
 ) -> Iterable[tuple[str, Work]]:  # fmt: skip
     model, width, pairs = recipe.model, recipe.model.text.width, load.pairs
     if isinstance(objective, Vtc):
-        yield (
-            "projections",
-            linear(pairs, model.video.width, objective.embed_dim, p) + linear(pairs, width, objective.embed_dim, p),
-        )
+        yield "projections", total(linear(pairs, w, objective.embed_dim, p) for w in (model.video.width, width))
         yield "contrast", contrast(pairs, load.world, objective.embed_dim, objective.part)
     if isinstance(objective, Vtm | Mc):
         texts = load.options if isinstance(objective, Mc) else 1 + min(objective.negatives, pairs)
@@ -474,19 +468,11 @@ def _head(
         yield "head", linear(pairs * texts, width, 2, p) + Work(launches=launched)
     if isinstance(objective, Mlm):
         asked = pairs * _masked(objective, load)
-        yield (
-            "transform",
-            linear(asked, width, width, p) + pointwise(asked * width, p, keeps=True) + norm(asked, width, p),
-        )
+        yield "transform", transform(asked, width, width, p)
         yield "vocabulary", classes(asked, width, vocabulary, p)
     if isinstance(objective, Answer):
         if objective.by == "classifier":
-            yield (
-                "layer",
-                linear(pairs, width, 2 * width, p)
-                + pointwise(pairs * 2 * width, p, keeps=True)
-                + norm(pairs, 2 * width, p),
-            )
+            yield "layer", transform(pairs, width, 2 * width, p)
             yield "classes", classes(pairs, 2 * width, len(objective.answers) or objective.top, p)
         else:
             config = objective.decoder
@@ -494,19 +480,17 @@ def _head(
                 config = replace(model.fusion, depth=config.depth)
             begun = pairs * load.beginnings
             rows = begun * load.begun_words
-            yield (
-                "words",
-                Work(
-                    bytes=(8 + p.stream) * rows * width,
-                    backward_bytes=4 * vocabulary * width,
-                    weights=(vocabulary + model.text.max_words) * width,
-                    amounts={"weight": vocabulary * width, "bytes": 4 * vocabulary * width},
-                ),
+            words = Work(
+                bytes=(8 + p.stream) * rows * width,
+                backward_bytes=4 * vocabulary * width,
+                weights=(vocabulary + model.text.max_words) * width,
+                amounts={"weight": vocabulary * width, "bytes": 4 * vocabulary * width},
             )
+            yield "words", words
+            begun_rows = rows, rows * load.begun_words
             yield from _crossing(
-                "block", config, width, width, first=(rows, rows * load.begun_words),
-                rows=(rows, rows * load.begun_words), asked=begun, keys=pairs * load.words, seen=load.words,
-                texts=begun, p=p,
+                "block", config, width, width, first=begun_rows, rows=begun_rows, asked=begun, keys=pairs * load.words,
+                seen=load.words, texts=begun, p=p,
             )  # fmt: skip
             yield "vocabulary", classes(begun, width, vocabulary, p)
     if isinstance(objective, Mvm):
@@ -529,6 +513,11 @@ def contrast(pairs: int, world: int, width: int, part: int) -> Work:
         saved=8 * pairs * world * width + 16 * pairs * min(part, pairs * world), weights=1,  # the latter: at work
         launches=30 + 60 * -(-pairs * world // part),
     )  # fmt: skip
+
+
+def transform(rows: float, fan_in: int, fan_out: int, p: Precision) -> Work:
+    """A linear layer, GELU and norm, in front of classes."""
+    return linear(rows, fan_in, fan_out, p) + pointwise(rows * fan_out, p, keeps=True) + norm(rows, fan_out, p)
 
 
 def classes(rows: float, width: int, count: int, p: Precision) -> Work:
@@ -749,11 +738,6 @@ def memory(counted: Mapping[str, Work], job: Job) -> dict[str, float]:
     if job.shard:  # what is in no block stays gathered, with its gradient; and two blocks are there at a time
         found["gathered"] = 2 * (state - 4 * sum(work.weights for work in blocks)) + 3 * largest
     return found
-
-
-def checkpoint_bytes(counted: Mapping[str, Work]) -> float:
-    """Weights and both moments, fp32."""
-    return 12 * total(counted.values()).weights
 
 
 @dataclass(frozen=True)
