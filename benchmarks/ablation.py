@@ -130,12 +130,7 @@ def _pruning(sequences: int, tokens: int, patches: int, left: int, width: int, h
 
 def _fusion(recipe: Recipe, each: Load, times: int, tokens: int, p: Precision) -> dict[str, Work]:
     model, width, key_width = recipe.model, recipe.model.text.width, recipe.model.video.width
-    texts = 0
-    for objective in recipe.objectives.values():
-        if isinstance(objective, Vtm):
-            texts += each.pairs * (1 + min(objective.negatives, each.pairs))
-        if isinstance(objective, Mlm):
-            texts += each.pairs
+    texts = sum(count for _, count, _ in cost.meetings(recipe, each))
     rows, keep = texts * each.words, model.selector.keep
     found = {"copies": copied(rows * width, p) + copied(texts * times * tokens * key_width, p)}
     seen = times * tokens

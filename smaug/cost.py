@@ -393,7 +393,7 @@ def _distinct(views: Iterable[_View]) -> list[_View]:
     return list({id(view): view for view in views}.values())
 
 
-def _fused(recipe: Recipe, load: Load) -> list[tuple[str, int, float]]:
+def meetings(recipe: Recipe, load: Load) -> list[tuple[str, int, float]]:
     """What `step.fuse` asks of the fusion encoder: (view, pairs of a text with a video, words asked of each)."""
     found: list[tuple[str, int, float]] = []
     for objective in recipe.objectives.values():
@@ -416,7 +416,7 @@ def _fusion(
     recipe: Recipe, load: Load, views: Mapping[str, _View], video: VideoTokens, p: Precision
 ) -> Iterable[tuple[str, Work]]:
     model, width = recipe.model, recipe.model.text.width
-    fused = _fused(recipe, load)
+    fused = meetings(recipe, load)
     distinct = _distinct(views[name] for name, *_ in fused)
     read, read_pairs = (sum(load.pairs * view.each * view.words**power for view in distinct) for power in (1, 2))
     rows, pairs = (sum(count * views[name].words ** power for name, count, _ in fused) for power in (1, 2))
