@@ -222,6 +222,7 @@ YARDSTICK = ("recipe `dense`, with the same kernels", DENSE, cost.parts)
 
 
 def counted(recipe: Recipe, count: Count, *, frames: int | None = None) -> Counted:
+    """Over a run of PAIRS a step; count: `cost.parts` or `plain`."""
     return cost.stages(recipe, replace(given(PAIRS), frames=frames), count)
 
 

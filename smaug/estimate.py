@@ -219,6 +219,7 @@ class Side:
 
 
 def stages(recipe: Recipe, options: Options, precision: cost.Precision) -> list[Stage]:
+    """Of the run that is asked for, of one GPU."""
     load = Load(options.batch // options.gpus, words=options.words, world=options.gpus)
     count = partial(cost.parts, vocabulary=vocabulary(recipe), precision=precision)
     return cost.stages(recipe, load, count)
