@@ -26,7 +26,6 @@ from benchmarks.bench_train_step import VOCABULARY, batch_of
 from benchmarks.timing import clock
 from smaug import calibration, cost, device
 from smaug.cost import BF16_CPU, CLUSTERS, FP32, RAW, REENCODED, Clips, Device, Job, Load, Work
-from smaug.estimate import entering
 from smaug.optim import Update
 from smaug.recipe import Recipe, load
 from smaug.run import build, refuse, write
@@ -72,7 +71,7 @@ def configurations() -> dict[str, tuple[Recipe, int]]:
     }
 
 
-def with_video(recipe: Recipe, **changed: int) -> Recipe:
+def with_video(recipe: Recipe, **changed: object) -> Recipe:
     return replace(recipe, model=replace(recipe.model, video=replace(recipe.model.video, **changed)))
 
 
@@ -187,13 +186,12 @@ def cells(work: Work, whole: Work) -> str:
 
 def blocks_table() -> str:
     recipe = load("smaug", "base")
-    each, video = given(128, step=recipe.optim.steps // 2), recipe.model.video
-    counted, enters = cost.parts(recipe, each), entering(recipe, each)
+    each = given(128)
+    counted, rows = cost.parts(recipe, each), cost.video_tokens(recipe).rows
     body: list[list[object]] = []
-    for number in range(video.depth):
+    for number in range(recipe.model.video.depth):
         work = counted[f"video block {number}"]
-        rows = enters[number] / video.sequences(video.frames)
-        body.append([number, f"{rows:.0f}", f"{work.step_flops / 128e9:.1f}", f"{work.saved / 128e6:.1f}"])
+        body.append([number, rows[number], f"{work.step_flops / 128e9:.1f}", f"{work.saved / 128e6:.1f}"])
     return rows_of("| video block | tokens of a frame that enter | prediction: GFLOP of a pair | MB kept |", body)
 
 
@@ -344,21 +342,18 @@ def hours(stage: Stage) -> tuple[list[float], dict[Clips, float]]:
     """Of a run over its whole schedule: of GPUs that never wait for clips, by share of the peak; and with clips of two
     kinds at the first of these."""
     recipe, job, cluster = load("smaug", stage.size), Job(stage.gpus), CLUSTERS[stage.kind]
-    loads = cost.schedule(recipe, given(stage.pairs, stage.gpus))
-    counted = [cost.parts(recipe, one) for one in loads]
+    run = cost.stages(recipe, given(stage.pairs, stage.gpus))
     steps = stage.clips * stage.epochs / (stage.gpus * stage.pairs)
 
-    def times(efficiency: float, clips: Clips) -> list[cost.StepTime]:
-        return [
-            cost.step_time(works, one, job, cluster, efficiency=efficiency, clips=clips)
-            for works, one in zip(counted, loads, strict=True)
-        ]
+    def whole(of: str, efficiency: float = cost.EFFICIENCY, clips: Clips = REENCODED) -> float:
+        times = (
+            (share, cost.step_time(works, one, job, cluster, efficiency=efficiency, clips=clips))
+            for share, one, works in run
+        )
+        return steps * sum(share * getattr(time, of) for share, time in times) / 3600
 
-    def whole(each: list[float]) -> float:
-        return steps * sum(each) / len(each) / 3600
-
-    fed = [whole([t.gpu for t in times(e, REENCODED)]) for e in (cost.EFFICIENCY, *cost.RANGE)]
-    return fed, {clips: whole([t.step for t in times(cost.EFFICIENCY, clips)]) for clips in (RAW, REENCODED)}
+    fed = [whole("gpu", efficiency) for efficiency in (cost.EFFICIENCY, *cost.RANGE)]
+    return fed, {clips: whole("step", clips=clips) for clips in (RAW, REENCODED)}
 
 
 def plan_tables() -> dict[str, str]:
@@ -368,7 +363,7 @@ def plan_tables() -> dict[str, str]:
     for stage in PLAN:
         cluster, recipe = CLUSTERS[stage.kind], load("smaug", stage.size)
         (took, least, most), waiting = hours(stage)
-        saved = cost.checkpoint_bytes(cost.parts(recipe, given(stage.pairs)))
+        saved = 12 * cost.total(cost.parts(recipe, given(stage.pairs)).values()).weights  # with both moments, fp32
         rate = stage.clips * stage.epochs / took / 3600
         failures = FAILURES * took * stage.gpus
         machines, inside = -(-stage.gpus // cluster.per_machine), min(stage.gpus, cluster.per_machine)
@@ -420,11 +415,8 @@ def published_table() -> str:
     body: list[list[object]] = []
     for whose, name, words, seen, taken, kind in PUBLISHED:
         recipe = load(name, "base")
-        flops = [
-            cost.total(cost.parts(recipe, replace(one, words=float(words))).values()).step_flops / one.pairs
-            for one in cost.schedule(recipe, given(128))
-        ]
-        mean = sum(flops) / len(flops)
+        run = cost.stages(recipe, replace(given(128), words=float(words)))
+        mean = sum(share * cost.total(works.values()).step_flops for share, _, works in run) / 128
         reached = mean * seen / (taken * 3600)
         peak = CLUSTERS[kind].device.flops
         body.append(
