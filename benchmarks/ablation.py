@@ -12,11 +12,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import tyro
 
-from benchmarks.scaling import given, group, renewed, rows_of
+from benchmarks.scaling import given, group, renewed, rows_of, with_video
 from smaug import cost
 from smaug.cost import BF16_GPU, Job, Load, Precision, Work
 from smaug.masks import TextMask, VideoMask
@@ -28,7 +29,6 @@ from smaug.objectives.vtc import Vtc
 from smaug.objectives.vtm import Vtm
 from smaug.recipe import Recipe, load
 from smaug.run import refuse, write
-from smaug.step import keep_rate, video_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, CHART = ROOT / "docs/cost.md", ROOT / "docs/cost_ablation.png"
@@ -64,21 +64,16 @@ def plain(
     each = replace(each, words=float(longest), masked=masked if each.masked is None else each.masked)
     found = dict(cost.parts(recipe, each, vocabulary=vocabulary, precision=p))
 
-    frames = video.frames if each.frames is None else each.frames
-    step = recipe.optim.steps // 2 if each.step is None else each.step
-    times, sequences = video.times(frames), each.pairs * video.sequences(frames)
-    every, pixels = each.pairs * times * video.patches, 3 * video.patch**2 * video.tubelet
-    stay = video_mask(recipe, step).keep(times, video.patches) * each.pairs // sequences  # of a sequence
+    seen = cost.video_tokens(recipe, each.step, each.frames)
+    sequences, stay, pixels = each.pairs * seen.sequences, seen.patches[0], 3 * video.patch**2 * video.tubelet
+    every = sequences * (stay + seen.masked)
     made = {"patch embedding": _embedding(every, sequences, stay, pixels, video.width, p)}
-    patches, fused = stay, 0
-    for number in video.prune.blocks:
-        left = video.prune.count(patches, keep_rate(recipe, step))
+    for number, (patches, left) in enumerate(pairwise(seen.patches)):
         if left < patches:
-            name, tokens = f"video block {number}", 1 + patches + fused
+            name, tokens = f"video block {number}", seen.rows[number]
             made[name] = found[name] + _pruning(sequences, tokens, patches, left, video.width, video.heads, p)
-            patches, fused = left, fused + (video.prune.fuse != "none")
     if model.fusion.depth:
-        made |= _fusion(recipe, each, times, 1 + patches + fused, p)
+        made |= _fusion(recipe, each, seen.sequences, seen.rows[-1], p)
     for name, objective in recipe.objectives.items():
         if isinstance(objective, Mvm) and sequences * stay < every:
             rebuilt = _decoder(objective.decoder, video.width, pixels, sequences, every, stay, p)
@@ -135,12 +130,7 @@ def _pruning(sequences: int, tokens: int, patches: int, left: int, width: int, h
 
 def _fusion(recipe: Recipe, each: Load, times: int, tokens: int, p: Precision) -> dict[str, Work]:
     model, width, key_width = recipe.model, recipe.model.text.width, recipe.model.video.width
-    texts = 0
-    for objective in recipe.objectives.values():
-        if isinstance(objective, Vtm):
-            texts += each.pairs * (1 + min(objective.negatives, each.pairs))
-        if isinstance(objective, Mlm):
-            texts += each.pairs
+    texts = sum(count for _, count, _ in cost.meetings(recipe, each))
     rows, keep = texts * each.words, model.selector.keep
     found = {"copies": copied(rows * width, p) + copied(texts * times * tokens * key_width, p)}
     seen = times * tokens
@@ -185,12 +175,8 @@ def _decoder(
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 Count = Callable[..., dict[str, Work]]
-Counted = list[tuple[float, Load, dict[str, Work]]]  # share of the run, and the parts of its steps there
+Counted = list[cost.Stage]  # of a run
 SMAUG, DENSE = load("smaug", "base"), load("dense", "base")
-
-
-def with_video(recipe: Recipe, **fields: object) -> Recipe:
-    return replace(recipe, model=replace(recipe.model, video=replace(recipe.model.video, **fields)))
 
 
 def selecting(recipe: Recipe, keep: int) -> Recipe:
@@ -236,15 +222,8 @@ YARDSTICK = ("recipe `dense`, with the same kernels", DENSE, cost.parts)
 
 
 def counted(recipe: Recipe, count: Count, *, frames: int | None = None) -> Counted:
-    """Over a run: pruning warms up, and steps that prune alike are counted once."""
-    loads = cost.schedule(recipe, replace(given(PAIRS), frames=frames))
-    pruned = bool(recipe.model.video.prune.blocks)
-    alike: dict[tuple[object, ...], list[Load]] = {}
-    for one in loads:
-        assert one.step is not None
-        key = (video_mask(recipe, one.step), pruned and keep_rate(recipe, one.step))
-        alike.setdefault(key, []).append(one)
-    return [(len(ones) / len(loads), ones[0], count(recipe, ones[0])) for ones in alike.values()]
+    """Over a run of PAIRS a step; count: `cost.parts` or `plain`."""
+    return cost.stages(recipe, replace(given(PAIRS), frames=frames), count)
 
 
 def of_a_pair(run: Counted, field: str, part: str = "") -> float:
@@ -473,8 +452,7 @@ def launch_table() -> str:
 
 def waits(recipe: Recipe, count: Count) -> list[str]:
     """When the host is slower than the GPU in forward and backward, and bytes than products; in the middle of a run."""
-    video = recipe.model.video
-    kept = video_mask(recipe, recipe.optim.steps // 2).keep(video.times(video.frames), video.patches)
+    seen = cost.video_tokens(recipe)
     host = cost.LAUNCH * cost.total(count(recipe, given(PAIRS)).values()).launches
 
     def hosted(pairs: int) -> bool:
@@ -486,7 +464,7 @@ def waits(recipe: Recipe, count: Count) -> list[str]:
         return products < (whole.bytes + whole.backward_bytes) / A6000.device.bandwidth
 
     pairs, bound = first(hosted), first(moving)
-    tokens = pairs * (kept + video.sequences(video.frames))
+    tokens = pairs * seen.sequences * seen.rows[0]
     return [f"{1e3 * host:.0f}", f"{pairs}", f"{tokens:,}", f"{bound}" if bound < MOST else f"not of {MOST:,}"]
 
 

@@ -17,14 +17,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import tyro
 
 from benchmarks.bench_train_step import VOCABULARY, batch_of
+from benchmarks.timing import clock
 from smaug import calibration, cost, device
 from smaug.cost import BF16_CPU, CLUSTERS, FP32, RAW, REENCODED, Clips, Device, Job, Load, Work
-from smaug.estimate import entering
 from smaug.optim import Update
 from smaug.recipe import Recipe, load
 from smaug.run import build, refuse, write
@@ -33,6 +34,7 @@ from smaug.step import training_step
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PICTURE = ROOT / "docs/scaling.md", ROOT / "docs/cost_on_cpu.png"
 MEASURED, CALIBRATED = (ROOT / f"benchmarks/results/cost_on_cpu{what}.csv" for what in ("", "_rates"))
+THREADS = 1, 2  # that steps are timed with
 BAND = 0.15  # median error that the model may have on this CPU
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -69,34 +71,40 @@ def configurations() -> dict[str, tuple[Recipe, int]]:
     }
 
 
-def with_video(recipe: Recipe, **changed: int) -> Recipe:
+def with_video(recipe: Recipe, **changed: object) -> Recipe:
     return replace(recipe, model=replace(recipe.model, video=replace(recipe.model.video, **changed)))
 
 
 def measure(options: Options) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
     """Steps of all configurations, forward to AdamW, in bf16 where the processor has it, and the rates of as many
-    calibrations, all interleaved. Each has a few steps at a time, the first of them not timed: a run repeats its step,
-    and what the library has made for these shapes is there. Seconds are of the processor, since others use it too."""
-    torch.set_num_threads(1)
+    calibrations, all interleaved, with one thread and with two. Each has a few steps at a time, the first of them not
+    timed: a run repeats its step, and what the library has made for these shapes is there. Seconds of one thread are of
+    the processor, since others use it too."""
     way = device.choose(True, "cpu")
     steps = {name: stepper(recipe, pairs, way) for name, (recipe, pairs) in configurations().items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    rates: list[dict[str, object]] = []
+    times: dict[tuple[int, str], list[float]] = {(count, name): [] for count in THREADS for name in steps}
+    rates, machines = list[dict[str, object]](), dict[int, str]()
     for number in range(1, options.rounds + 1):
-        for name, step in steps.items():
-            times[name] += [step() for _ in range(4)][1:]
-        rates += [
-            {"calibration": number, "unit": unit, "forward": f"{there:.4g}", "backward": f"{back:.4g}"}
-            for unit, (there, back) in calibration.rates(way, options.seconds).items()
-        ]
+        for count in THREADS:
+            torch.set_num_threads(count)
+            machines[count] = device.describe(way.device)
+            for name, step in steps.items():
+                times[count, name] += [step() for _ in range(4)][1:]
+            rates += [
+                {
+                    "threads": count, "calibration": number, "unit": unit, "forward": f"{there:.4g}",
+                    "backward": f"{back:.4g}",
+                }
+                for unit, (there, back) in calibration.rates(way, options.seconds).items()
+            ]  # fmt: skip
         print(f"round {number} of {options.rounds}", file=sys.stderr)
     rows: list[dict[str, object]] = [
         {
-            "configuration": name, "seconds": f"{median(took):.5f}", "least": f"{min(took):.5f}",
+            "threads": count, "configuration": name, "seconds": f"{median(took):.5f}", "least": f"{min(took):.5f}",
             "most": f"{max(took):.5f}", "dtype": str(way.dtype).removeprefix("torch."),
-            "machine": device.describe(way.device), "date": time.strftime("%Y-%m-%d"),
+            "machine": machines[count], "date": time.strftime("%Y-%m-%d"),
         }
-        for name, took in times.items()
+        for (count, name), took in times.items()
     ]  # fmt: skip
     return rows, rates
 
@@ -107,12 +115,13 @@ def stepper(recipe: Recipe, pairs: int, way: device.Way) -> Callable[[], float]:
     update = Update(model, recipe.optim)
 
     def step() -> float:
-        before = time.process_time()
+        now = clock(way.device)
+        before = now()
         with way.autocast():
             loss = training_step(model, recipe, batch)[0]
         loss.backward()
         update(batch.step)
-        return time.process_time() - before
+        return now() - before
 
     return step
 
@@ -177,13 +186,12 @@ def cells(work: Work, whole: Work) -> str:
 
 def blocks_table() -> str:
     recipe = load("smaug", "base")
-    each, video = given(128, step=recipe.optim.steps // 2), recipe.model.video
-    counted, enters = cost.parts(recipe, each), entering(recipe, each)
+    each = given(128)
+    counted, rows = cost.parts(recipe, each), cost.video_tokens(recipe).rows
     body: list[list[object]] = []
-    for number in range(video.depth):
+    for number in range(recipe.model.video.depth):
         work = counted[f"video block {number}"]
-        rows = enters[number] / video.sequences(video.frames)
-        body.append([number, f"{rows:.0f}", f"{work.step_flops / 128e9:.1f}", f"{work.saved / 128e6:.1f}"])
+        body.append([number, rows[number], f"{work.step_flops / 128e9:.1f}", f"{work.saved / 128e6:.1f}"])
     return rows_of("| video block | tokens of a frame that enter | prediction: GFLOP of a pair | MB kept |", body)
 
 
@@ -334,21 +342,18 @@ def hours(stage: Stage) -> tuple[list[float], dict[Clips, float]]:
     """Of a run over its whole schedule: of GPUs that never wait for clips, by share of the peak; and with clips of two
     kinds at the first of these."""
     recipe, job, cluster = load("smaug", stage.size), Job(stage.gpus), CLUSTERS[stage.kind]
-    loads = cost.schedule(recipe, given(stage.pairs, stage.gpus))
-    counted = [cost.parts(recipe, one) for one in loads]
+    run = cost.stages(recipe, given(stage.pairs, stage.gpus))
     steps = stage.clips * stage.epochs / (stage.gpus * stage.pairs)
 
-    def times(efficiency: float, clips: Clips) -> list[cost.StepTime]:
-        return [
-            cost.step_time(works, one, job, cluster, efficiency=efficiency, clips=clips)
-            for works, one in zip(counted, loads, strict=True)
-        ]
+    def whole(of: str, efficiency: float = cost.EFFICIENCY, clips: Clips = REENCODED) -> float:
+        times = (
+            (share, cost.step_time(works, one, job, cluster, efficiency=efficiency, clips=clips))
+            for share, one, works in run
+        )
+        return steps * sum(share * getattr(time, of) for share, time in times) / 3600
 
-    def whole(each: list[float]) -> float:
-        return steps * sum(each) / len(each) / 3600
-
-    fed = [whole([t.gpu for t in times(e, REENCODED)]) for e in (cost.EFFICIENCY, *cost.RANGE)]
-    return fed, {clips: whole([t.step for t in times(cost.EFFICIENCY, clips)]) for clips in (RAW, REENCODED)}
+    fed = [whole("gpu", efficiency) for efficiency in (cost.EFFICIENCY, *cost.RANGE)]
+    return fed, {clips: whole("step", clips=clips) for clips in (RAW, REENCODED)}
 
 
 def plan_tables() -> dict[str, str]:
@@ -358,7 +363,7 @@ def plan_tables() -> dict[str, str]:
     for stage in PLAN:
         cluster, recipe = CLUSTERS[stage.kind], load("smaug", stage.size)
         (took, least, most), waiting = hours(stage)
-        saved = cost.checkpoint_bytes(cost.parts(recipe, given(stage.pairs)))
+        saved = 12 * cost.total(cost.parts(recipe, given(stage.pairs)).values()).weights  # with both moments, fp32
         rate = stage.clips * stage.epochs / took / 3600
         failures = FAILURES * took * stage.gpus
         machines, inside = -(-stage.gpus // cluster.per_machine), min(stage.gpus, cluster.per_machine)
@@ -410,11 +415,8 @@ def published_table() -> str:
     body: list[list[object]] = []
     for whose, name, words, seen, taken, kind in PUBLISHED:
         recipe = load(name, "base")
-        flops = [
-            cost.total(cost.parts(recipe, replace(one, words=float(words))).values()).step_flops / one.pairs
-            for one in cost.schedule(recipe, given(128))
-        ]
-        mean = sum(flops) / len(flops)
+        run = cost.stages(recipe, replace(given(128), words=float(words)))
+        mean = sum(share * cost.total(works.values()).step_flops for share, _, works in run) / 128
         reached = mean * seen / (taken * 3600)
         peak = CLUSTERS[kind].device.flops
         body.append(
@@ -454,20 +456,24 @@ def counted_here(name: str, dtype: str) -> Work:
     return cost.total(cost.parts(recipe, load, vocabulary=VOCABULARY, precision=precision).values())
 
 
-def calibrations() -> list[dict[str, tuple[float, float]]]:
+def kept(path: Path, threads: int) -> list[dict[str, str]]:
+    return [row for row in csv.DictReader(path.read_text().splitlines()) if row.get("threads") == str(threads)]
+
+
+def calibrations(threads: int) -> list[dict[str, tuple[float, float]]]:
     """Those that are kept, each by unit; before them their medians."""
     single: dict[str, dict[str, tuple[float, float]]] = {}
-    for row in csv.DictReader(CALIBRATED.read_text().splitlines()):
+    for row in kept(CALIBRATED, threads):
         single.setdefault(row["calibration"], {})[row["unit"]] = float(row["forward"]), float(row["backward"])
     if not single:
-        raise ValueError(f"{CALIBRATED} is empty; run with --measure")
+        raise ValueError(f"{CALIBRATED} has nothing of {threads} threads; run with --measure")
     each = list(single.values())
     return [{u: (median(one[u][0] for one in each), median(one[u][1] for one in each)) for u in each[0]}, *each]
 
 
-def points() -> list[Point]:
+def points(threads: int) -> list[Point]:
     """What was measured here, beside what the model makes of the rates of the same hour."""
-    rows, rates = list(csv.DictReader(MEASURED.read_text().splitlines())), calibrations()
+    rows, rates = kept(MEASURED, threads), calibrations(threads)
     if {row.get("configuration") for row in rows} != configurations().keys():
         raise ValueError(f"{MEASURED} does not have the steps of `configurations`; run with --measure")
     found = []
@@ -533,7 +539,7 @@ def nanoseconds(seconds: float) -> str:
 def rates_table() -> str:
     """Units of one kind stand in one row."""
     kinds: dict[str, dict[str, tuple[float, float]]] = {}
-    for unit, rate in calibrations()[0].items():
+    for unit, rate in calibrations(1)[0].items():
         kind, _, size = unit.partition(" x ") if " x " in unit else unit.partition(" ")
         kinds.setdefault(kind, {})[size] = rate
     body: list[list[object]] = [
@@ -546,14 +552,19 @@ def rates_table() -> str:
     return rows_of("| unit | what one is | at | forward ns | backward ns |", body)
 
 
-def draw(found: list[Point], path: Path) -> None:
+def draw(found: dict[int, list[Point]], path: Path) -> None:
     """Predicted against measured, and the band that the model has to keep in the median."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("the picture needs matplotlib: pip install -c constraints.txt -e '.[plots]'") from None
-    figure = Figure(figsize=(7, 6.6), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(13, 6.6), layout="constrained")
+    for axes, (threads, some) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
+        _draw(axes, threads, some)
+    figure.savefig(path, dpi=130)
+
+
+def _draw(axes: Any, threads: int, found: list[Point]) -> None:
     each = [1e3 * x for point in found for x in (point.seconds, point.predicted)]
     line = [min(each) / 2, max(each) * 2]
     ticks = [x for x in (digit * 10**power for power in range(5) for digit in (1, 2, 5)) if line[0] <= x <= line[1]]
@@ -577,13 +588,12 @@ def draw(found: list[Point], path: Path) -> None:
         axes.plot([], [], "o", color=color, markersize=4, label=f"size {size}")
     machine, date = found[0].row["machine"].split(",")[0], found[0].row["date"]
     axes.set(xscale="log", yscale="log", xlim=line, ylim=line, aspect="equal")
-    axes.set(title=f"A training step: cost model and {machine}, one thread, {date}")
+    axes.set(title=f"A training step: cost model and {machine}, {threads} thread{'s' * (threads > 1)}, {date}")
     axes.set(xlabel="measured, ms (bar: range of steps)", ylabel="predicted, ms (bar: range of calibrations)")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_ticks(ticks, [str(tick) for tick in ticks])
         axis.set_ticks([], minor=True)
     axes.legend(loc="upper left", frameon=False)
-    figure.savefig(path, dpi=130)
 
 
 def tables() -> dict[str, str]:
@@ -601,7 +611,7 @@ def tables() -> dict[str, str]:
         "shard": shard_table(),
         **plan_tables(),
         "published": published_table(),
-        "cpu": cpu_table(points()),
+        **{f"cpu {count}": cpu_table(points(count)) for count in THREADS},
         "rates": rates_table(),
     }
 
@@ -630,7 +640,7 @@ def main() -> int:
                 write(path, lines.getvalue())
         found = tables()
         write(PAGE, renewed(PAGE.read_text(), found))
-        draw(points(), PICTURE)
+        draw({count: points(count) for count in THREADS}, PICTURE)
     except (ValueError, OSError) as error:
         return refuse(error)
     except KeyboardInterrupt:

@@ -7,7 +7,7 @@ a recipe.
 
 from __future__ import annotations
 
-import math
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +24,9 @@ from smaug.tokens import packed_uniform
 
 NUMBERS = 1 << 19  # of an operation's input, about: a step's tensors at tiny and small have 1e5 to 1e7
 NEAR = 4 << 20  # bytes, more than the second-level cache of a core
+WEIGHTS = 1 << 22  # that AdamW is timed on
+
+Took = tuple[float, float]  # seconds of the processor, all threads together, and by the clock
 
 
 @dataclass(frozen=True)
@@ -107,79 +110,80 @@ def _keys(p: Precision, way: Way, videos: int = 64, length: int = 64, heads: int
     return Piece("key", cost.attention(texts, rows, seen, width, heads, p, gathered=seen), look, (rows, 2 * width))
 
 
-def timed(piece: Piece, way: Way, seconds: float, now: Callable[[], float] = time.process_time) -> list[list[float]]:
-    """Seconds of its forwards and of its backwards. Before each something else uses the near cache, as in a step: small
-    operations then take half as long again, code and all."""
+def rates(way: Way, seconds: float = 5.0) -> dict[str, tuple[float, float]]:
+    """Seconds of one unit, forward and backward, with the threads there are, measured in about so many seconds."""
+    threads, found, todo = torch.get_num_threads(), dict[str, tuple[float, float]](), list(pieces(way))
+    share = seconds / (len(todo) + 2) / min(threads, 2)
+    try:
+        _timed(todo[0], way, share)  # what a first call takes longer is nobody's rate
+        for piece in todo:
+            each = _typical(functools.partial(_timed, piece, way, share), threads)
+            known, units = cost.calibrated(piece.work, found), cost.amounts(piece.work)[piece.tells]
+            there, back = (max(0.0, took - rest) / units for took, rest in zip(each, known, strict=True))
+            found[piece.tells] = there, back
+        found["adamw"] = 0.0, _typical(functools.partial(_adamw, share), threads)[0] / WEIGHTS
+    finally:
+        torch.set_num_threads(threads)
+    return found
+
+
+def _typical(time_it: Callable[[], list[list[Took]]], threads: int) -> list[float]:
+    """Seconds of each thing that is timed: of one thread, by what it gets of the processor, times what it gains by the
+    clock from more, which for products is nearly all and for short attention nothing. By the clock alone, two threads
+    whose cores others use were told from 5 to 160 s for the same 20 steps. What others take of caches and memory still
+    shows, a third more or so."""
+    torch.set_num_threads(1)
+    alone = time_it()
+    torch.set_num_threads(threads)
+    together = time_it() if threads > 1 else alone
+    return [
+        median(used for used, _ in one) * median(wall for _, wall in many) / median(wall for _, wall in one)
+        for one, many in zip(alone, together, strict=True)
+    ]
+
+
+def _timed(piece: Piece, way: Way, seconds: float) -> list[list[Took]]:
+    """Its forwards and its backwards. Before each something else uses the near cache, as in a step: small operations
+    then take half as long again, code and all."""
     x, other = torch.randn(piece.shape).to(way.dtype).requires_grad_(), torch.ones(NEAR // 4)
-    taken: list[list[float]] = [[], []]
-    began = now()
-    while len(taken[0]) < 4 or now() - began < seconds:
+    taken: list[list[Took]] = [[], []]
+    began = time.perf_counter()
+    while len(taken[0]) < 4 or time.perf_counter() - began < seconds:
         other.add_(1)
-        begin = now()
+        begin = _now()
         with way.autocast():  # casts weights once in each
             y = piece.function(x)
-        taken[0].append(now() - begin)
+        taken[0].append(_since(begin))
         grad = torch.ones_like(y.detach())
         other.add_(1)
-        begin = now()
+        begin = _now()
         y.backward(grad)
-        taken[1].append(now() - begin)
+        taken[1].append(_since(begin))
         x.grad = None
         if isinstance(piece.function, nn.Module):
             piece.function.zero_grad()
     return [times[1:] for times in taken]
 
 
-def rates(way: Way, seconds: float = 5.0) -> dict[str, tuple[float, float]]:
-    """Seconds of one unit, forward and backward, measured in about so many seconds.
-
-    By what one thread gets of the processor: by the clock, two threads whose cores others use were told from 5 to 160 s
-    for the same 20 steps. What others take of caches and memory still shows, a third more or so. With several threads
-    all but what a call costs is divided by what they gain.
-    """
-    threads, found = torch.get_num_threads(), dict[str, tuple[float, float]]()
-    todo = list(pieces(way))
-    torch.set_num_threads(1)
-    try:
-        for piece in todo:
-            each, known = timed(piece, way, seconds / (len(todo) + 1)), cost.calibrated(piece.work, found)
-            units = cost.amounts(piece.work)[piece.tells]
-            there, back = (max(0.0, median(took) - rest) / units for took, rest in zip(each, known, strict=True))
-            found[piece.tells] = there, back
-        found["adamw"] = 0.0, _adamw(seconds / (len(todo) + 1))
-    finally:
-        torch.set_num_threads(threads)
-    if threads == 1:
-        return found
-    gain = _gain(way, threads, seconds / 5)
-    return {u: one if u in ("launch", "attention") else (one[0] / gain, one[1] / gain) for u, one in found.items()}
-
-
-def _gain(way: Way, threads: int, seconds: float) -> float:
-    """How much faster so many threads are than one in the MLP of a block; the best of each, in turns."""
-    layers = nn.Sequential(nn.LayerNorm(128), nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128))
-    piece, best = Piece("", Work(), layers, (NUMBERS // 128, 128)), {1: math.inf, threads: math.inf}
-    try:
-        for _ in range(2):
-            for count in best:
-                torch.set_num_threads(count)
-                took = sum(min(times) for times in timed(piece, way, seconds / 4, time.perf_counter))
-                best[count] = min(best[count], took)
-    finally:
-        torch.set_num_threads(threads)
-    return max(1.0, best[1] / best[threads])
-
-
-def _adamw(seconds: float, numbers: int = 1 << 22) -> float:
-    """Of one weight, with the norm of all gradients, as `Update` has it."""
-    weights = [nn.Parameter(torch.zeros(numbers // 16)) for _ in range(16)]
+def _adamw(seconds: float) -> list[list[Took]]:
+    """Of WEIGHTS, with the norm of all gradients, as `Update` has it."""
+    weights = [nn.Parameter(torch.zeros(WEIGHTS // 16)) for _ in range(16)]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    optimizer, taken = torch.optim.AdamW(weights, fused=True), list[float]()
-    began = time.process_time()
-    while len(taken) < 4 or time.process_time() - began < seconds:
-        before = time.process_time()
+    optimizer, taken = torch.optim.AdamW(weights, fused=True), list[Took]()
+    began = time.perf_counter()
+    while len(taken) < 4 or time.perf_counter() - began < seconds:
+        begin = _now()
         nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
         optimizer.step()
-        taken.append(time.process_time() - before)
-    return median(taken[1:]) / numbers
+        taken.append(_since(begin))
+    return [taken[1:]]
+
+
+def _now() -> Took:
+    return time.process_time(), time.perf_counter()
+
+
+def _since(begin: Took) -> Took:
+    used, wall = _now()
+    return used - begin[0], wall - begin[1]

@@ -18,11 +18,11 @@ import functools
 import itertools
 import math
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -113,6 +113,43 @@ class Load:
         if self.pairs < 1 or self.words < 1 or self.world < 1:
             given = f"{self.pairs}, {self.words:g} and {self.world}"
             raise ValueError(f"a step has at least one pair, one word and one process, not {given}")
+
+
+@dataclass(frozen=True)
+class VideoTokens:
+    """A clip in the video encoder at one step, as `sequences` sequences that have the same counts."""
+
+    sequences: int  # of a clip: its moments where attend="frame", else one
+    masked: int  # patches of a sequence that never enter
+    patches: tuple[int, ...]  # of a sequence: that enter block 0, 1, ..., and last those that leave the encoder
+    rows: tuple[int, ...]  # likewise, with [CLS] and the tokens that pruned patches were fused into
+
+
+def video_tokens(recipe: Recipe, step: int | None = None, frames: int | None = None) -> VideoTokens:
+    """How many tokens the video encoder has where: the mask of a step, then its keep rate at each pruning block, as
+    `VideoEncoder` does it.
+
+    step: none is the middle of the run; frames: of a clip, none is the recipe's. ValueError for frames that do not fill
+    tubelets, and for a mask that keeps unequal parts of moments that are sequences of their own. O(depth).
+    """
+    video, step = recipe.model.video, recipe.optim.steps // 2 if step is None else step
+    frames = video.frames if frames is None else frames
+    mask, rate = video_mask(recipe, step), keep_rate(recipe, step)
+    sequences, every = video.sequences(frames), video.times(frames) * video.patches
+    kept = mask.keep(video.times(frames), video.patches)
+    if kept % sequences:
+        raise ValueError(
+            f"a video mask of kind {mask.kind!r} keeps unequal parts of moments; attend='frame' needs 'even' or 'tube'"
+        )
+    stay, fused = kept // sequences, 0
+    patches, rows = [stay], [1 + stay]
+    for block in range(video.depth):
+        if block in video.prune.blocks:
+            before, stay = stay, min(stay, video.prune.count(stay, rate))
+            fused += stay < before and video.prune.fuse != "none"
+        patches.append(stay)
+        rows.append(1 + stay + fused)
+    return VideoTokens(sequences, (every - kept) // sequences, tuple(patches), tuple(rows))
 
 
 # --- operations -------------------------------------------------------------------------------------------------------
@@ -251,12 +288,14 @@ def cross_attention(
 
 # --- the parts of a step ----------------------------------------------------------------------------------------------
 
+ENCODERS = "patch", "video", "temporal", "word", "text"  # parts of both encoders are called so and more
+
 
 def parts(recipe: Recipe, load: Load, *, vocabulary: int = 30522, precision: Precision = BF16_GPU) -> dict[str, Work]:
     """Every part of a step by name, in the order of the forward. What is not trained or computed is not there."""
     p, text, width = precision, recipe.model.text, recipe.model.text.width
-    video, views = _video(recipe, load, p), _views(recipe, load)
-    found = dict(video.parts)
+    video, views = video_tokens(recipe, load.step, load.frames), _views(recipe, load)
+    found = dict(_video(recipe, load, video, p))
     distinct = _distinct(views.values())
     rows, pairs = (load.pairs * sum(view.each * view.words**power for view in distinct) for power in (1, 2))
     found["word embedding"] = total(
@@ -285,70 +324,44 @@ def parts(recipe: Recipe, load: Load, *, vocabulary: int = 30522, precision: Pre
     return found
 
 
-@dataclass(frozen=True)
-class _Video:
-    parts: dict[str, Work]
-    sequences: int
-    times: int  # sequences of a clip
-    tokens: float  # of a sequence at the end
-    visible: float  # rows that the decoder may read: those that stayed
-    left: float  # and those that left
-    removed: int  # patches of a sequence that were masked
-
-
-def _video(recipe: Recipe, load: Load, p: Precision) -> _Video:
-    video, step = recipe.model.video, recipe.optim.steps // 2 if load.step is None else load.step
+def _video(recipe: Recipe, load: Load, seen: VideoTokens, p: Precision) -> Iterable[tuple[str, Work]]:
+    video, width, rows = recipe.model.video, recipe.model.video.width, seen.rows
     frames = video.frames if load.frames is None else load.frames
-    times, each = video.times(frames), video.sequences(frames)
-    mask, rate, width = video_mask(recipe, step), keep_rate(recipe, step), video.width
-    kept_rows = load.pairs * mask.keep(times, video.patches)
-    sequences = load.pairs * each
+    sequences = load.pairs * seen.sequences
+    kept_rows = sequences * seen.patches[0]
     pixels = 3 * video.patch**2 * (1 if frames == 1 else video.tubelet)
     table = 3 * video.patch**2 * video.tubelet
     embed = 2.0 * kept_rows * pixels * width
-    found = {
-        "patch embedding": Work(
-            flops=embed,
-            backward_flops=embed,  # pixels need no gradient
-            bytes=kept_rows * pixels + p.stream * ((kept_rows + sequences) * width + pixels * width),
-            backward_bytes=kept_rows * pixels + p.stream * kept_rows * width + 4 * pixels * width,
-            saved=4 * kept_rows,
-            weights=(table + 1) * width + (video.patches + video.times(video.frames) + 1) * width,
-            launches=30,  # with the mask
-            amounts={"pixel": kept_rows * pixels, **product(2 * embed, width)},
-        )
-    }
-    if video.norm_before:
-        found["patch embedding"] += norm(kept_rows + sequences, width, p)
-    if kept_rows % sequences:
-        raise ValueError(
-            f"a video mask of kind {mask.kind!r} keeps unequal parts of moments; attend='frame' needs 'even' or 'tube'"
-        )
-    patches, fused, left = kept_rows // sequences, 0, 0
+    embedding = Work(
+        flops=embed,
+        backward_flops=embed,  # pixels need no gradient
+        bytes=kept_rows * pixels + p.stream * ((kept_rows + sequences) * width + pixels * width),
+        backward_bytes=kept_rows * pixels + p.stream * kept_rows * width + 4 * pixels * width,
+        saved=4 * kept_rows,
+        weights=(table + 1) * width + (video.patches + video.times(video.frames) + 1) * width,
+        launches=30,  # with the mask
+        amounts={"pixel": kept_rows * pixels, **product(2 * embed, width)},
+    )
+    yield "patch embedding", embedding + norm(kept_rows + sequences, width, p) if video.norm_before else embedding
     relative = ((2 * video.rows - 1) ** 2 + 3) * video.heads if video.relative_position else 0
-    for number in range(video.depth):
-        before = 1 + patches + fused
-        leave = max(0, patches - video.prune.count(patches, rate)) if number in video.prune.blocks else 0
+    for number, (before, after) in enumerate(itertools.pairwise(rows)):
+        leave = seen.patches[number] - seen.patches[number + 1]
         work = self_attention(sequences * before, sequences * before**2, width, video.heads, p)
         if leave:
-            patches, fused, left = patches - leave, fused + (video.prune.fuse != "none"), left + sequences * leave
-            moved = sequences * (before + 1 + patches + fused + leave) * width
+            moved = sequences * (before + after + leave) * width
             work += Work(bytes=p.stream * moved, backward_bytes=p.stream * moved, launches=17)
-        work += mlp(sequences * (1 + patches + fused), width, video.mlp_ratio, p)
+        work += mlp(sequences * after, width, video.mlp_ratio, p)
         work += Work(weights=relative, enters=p.stream * sequences * before * width)
         if leave:  # runs in halves
-            work += Work(enters=p.stream * sequences * (1 + patches + fused) * width, twice=work.weights)
+            work += Work(enters=p.stream * sequences * after * width, twice=work.weights)
         if relative:  # the bias that is added to the logits
             work += Work(saved=p.stream * sequences * video.heads * before**2, launches=25)
-        found[f"video block {number}"] = work
-    tokens = 1 + patches + fused
+        yield f"video block {number}", work
     for number in range(video.temporal_layers):
-        pairs = load.pairs * each**2
-        found[f"temporal layer {number}"] = block(sequences, pairs, width, video.heads, video.mlp_ratio, p)
+        pairs = load.pairs * seen.sequences**2
+        yield f"temporal layer {number}", block(sequences, pairs, width, video.heads, video.mlp_ratio, p)
     # what the last norm gives is read by the fusion encoder and the heads
-    found["video norm"] = norm(sequences * tokens, width, p) + kept(sequences * tokens * width, p)
-    removed = (load.pairs * times * video.patches - kept_rows) // sequences
-    return _Video(found, sequences, each, tokens, sequences * patches, left, removed)
+    yield "video norm", norm(sequences * rows[-1], width, p) + kept(sequences * rows[-1] * width, p)
 
 
 @dataclass(frozen=True)
@@ -380,7 +393,7 @@ def _distinct(views: Iterable[_View]) -> list[_View]:
     return list({id(view): view for view in views}.values())
 
 
-def _fused(recipe: Recipe, load: Load) -> list[tuple[str, int, float]]:
+def meetings(recipe: Recipe, load: Load) -> list[tuple[str, int, float]]:
     """What `step.fuse` asks of the fusion encoder: (view, pairs of a text with a video, words asked of each)."""
     found: list[tuple[str, int, float]] = []
     for objective in recipe.objectives.values():
@@ -400,30 +413,26 @@ def _masked(mlm: Mlm, load: Load) -> float:
 
 
 def _fusion(
-    recipe: Recipe, load: Load, views: Mapping[str, _View], video: _Video, p: Precision
+    recipe: Recipe, load: Load, views: Mapping[str, _View], video: VideoTokens, p: Precision
 ) -> Iterable[tuple[str, Work]]:
     model, width = recipe.model, recipe.model.text.width
-    fused = _fused(recipe, load)
-    read = [load.pairs * view.each * view.words for view in _distinct(views[name] for name, *_ in fused)]
-    read_pairs = [load.pairs * view.each * view.words**2 for view in _distinct(views[name] for name, *_ in fused)]
-    rows = sum(count * views[name].words for name, count, _ in fused)
-    pairs = sum(count * views[name].words ** 2 for name, count, _ in fused)
-    asked = sum(count * asked for _, count, asked in fused)
-    frames = video.times
+    fused = meetings(recipe, load)
+    distinct = _distinct(views[name] for name, *_ in fused)
+    read, read_pairs = (sum(load.pairs * view.each * view.words**power for view in distinct) for power in (1, 2))
+    rows, pairs = (sum(count * views[name].words ** power for name, count, _ in fused) for power in (1, 2))
+    texts, asked = sum(count for _, count, _ in fused), sum(count * asked for _, count, asked in fused)
+    frames, tokens, sequences = video.sequences, video.rows[-1], load.pairs * video.sequences
     if 0 < model.selector.keep < frames:
-        meetings, frames = sum(count for _, count, _ in fused), model.selector.keep
-        yield (
-            "frame selector",
-            linear(video.sequences, model.video.width, model.selector.width, p)
-            + linear(meetings, width, model.selector.width, p)
-            + Work(saved=12.0 * meetings * video.times * model.selector.width, launches=60),  # fp32 vectors of meetings
-        )
+        frames = model.selector.keep
+        scores = linear(sequences, model.video.width, model.selector.width, p)
+        scores += linear(texts, width, model.selector.width, p)
+        vectors = 12.0 * texts * video.sequences * model.selector.width  # fp32
+        yield "frame selector", scores + Work(saved=vectors, launches=60)
     elif model.selector.keep:
         yield "frame selector", Work(weights=(model.video.width + width + 2) * model.selector.width)
     yield from _crossing(
-        "fusion block", model.fusion, width, model.video.width, first=(sum(read), sum(read_pairs)), rows=(rows, pairs),
-        asked=asked, keys=video.sequences * video.tokens, seen=frames * video.tokens,
-        texts=sum(count for _, count, _ in fused), p=p,
+        "fusion block", model.fusion, width, model.video.width, first=(read, read_pairs), rows=(rows, pairs),
+        asked=asked, keys=sequences * tokens, seen=frames * tokens, texts=texts, p=p,
     )  # fmt: skip
 
 
@@ -446,15 +455,12 @@ def _crossing(
 
 
 def _head(
-    objective: Vtc | Vtm | Mlm | Mvm | Mc | Answer, recipe: Recipe, load: Load, video: _Video, vocabulary: int,
+    objective: Vtc | Vtm | Mlm | Mvm | Mc | Answer, recipe: Recipe, load: Load, video: VideoTokens, vocabulary: int,
     p: Precision,
 ) -> Iterable[tuple[str, Work]]:  # fmt: skip
     model, width, pairs = recipe.model, recipe.model.text.width, load.pairs
     if isinstance(objective, Vtc):
-        yield (
-            "projections",
-            linear(pairs, model.video.width, objective.embed_dim, p) + linear(pairs, width, objective.embed_dim, p),
-        )
+        yield "projections", total(linear(pairs, w, objective.embed_dim, p) for w in (model.video.width, width))
         yield "contrast", contrast(pairs, load.world, objective.embed_dim, objective.part)
     if isinstance(objective, Vtm | Mc):
         texts = load.options if isinstance(objective, Mc) else 1 + min(objective.negatives, pairs)
@@ -462,19 +468,11 @@ def _head(
         yield "head", linear(pairs * texts, width, 2, p) + Work(launches=launched)
     if isinstance(objective, Mlm):
         asked = pairs * _masked(objective, load)
-        yield (
-            "transform",
-            linear(asked, width, width, p) + pointwise(asked * width, p, keeps=True) + norm(asked, width, p),
-        )
+        yield "transform", transform(asked, width, width, p)
         yield "vocabulary", classes(asked, width, vocabulary, p)
     if isinstance(objective, Answer):
         if objective.by == "classifier":
-            yield (
-                "layer",
-                linear(pairs, width, 2 * width, p)
-                + pointwise(pairs * 2 * width, p, keeps=True)
-                + norm(pairs, 2 * width, p),
-            )
+            yield "layer", transform(pairs, width, 2 * width, p)
             yield "classes", classes(pairs, 2 * width, len(objective.answers) or objective.top, p)
         else:
             config = objective.decoder
@@ -482,24 +480,22 @@ def _head(
                 config = replace(model.fusion, depth=config.depth)
             begun = pairs * load.beginnings
             rows = begun * load.begun_words
-            yield (
-                "words",
-                Work(
-                    bytes=(8 + p.stream) * rows * width,
-                    backward_bytes=4 * vocabulary * width,
-                    weights=(vocabulary + model.text.max_words) * width,
-                    amounts={"weight": vocabulary * width, "bytes": 4 * vocabulary * width},
-                ),
+            words = Work(
+                bytes=(8 + p.stream) * rows * width,
+                backward_bytes=4 * vocabulary * width,
+                weights=(vocabulary + model.text.max_words) * width,
+                amounts={"weight": vocabulary * width, "bytes": 4 * vocabulary * width},
             )
+            yield "words", words
+            begun_rows = rows, rows * load.begun_words
             yield from _crossing(
-                "block", config, width, width, first=(rows, rows * load.begun_words),
-                rows=(rows, rows * load.begun_words), asked=begun, keys=pairs * load.words, seen=load.words,
-                texts=begun, p=p,
+                "block", config, width, width, first=begun_rows, rows=begun_rows, asked=begun, keys=pairs * load.words,
+                seen=load.words, texts=begun, p=p,
             )  # fmt: skip
             yield "vocabulary", classes(begun, width, vocabulary, p)
     if isinstance(objective, Mvm):
-        for name, work in _decoder(objective.decoder, model.video, video, p):
-            yield name, work if video.removed else Work(weights=work.weights)  # nothing is masked, nothing runs
+        for name, work in _decoder(objective.decoder, model.video, video, pairs, p):
+            yield name, work if video.masked else Work(weights=work.weights)  # nothing is masked, nothing runs
 
 
 def contrast(pairs: int, world: int, width: int, part: int) -> Work:
@@ -519,6 +515,11 @@ def contrast(pairs: int, world: int, width: int, part: int) -> Work:
     )  # fmt: skip
 
 
+def transform(rows: float, fan_in: int, fan_out: int, p: Precision) -> Work:
+    """A linear layer, GELU and norm, in front of classes."""
+    return linear(rows, fan_in, fan_out, p) + pointwise(rows * fan_out, p, keeps=True) + norm(rows, fan_out, p)
+
+
 def classes(rows: float, width: int, count: int, p: Precision) -> Work:
     """A linear layer to so many classes, and cross-entropy in fp32 on what it gives."""
     softmax = Work(
@@ -529,15 +530,15 @@ def classes(rows: float, width: int, count: int, p: Precision) -> Work:
 
 
 def _decoder(
-    config: DecoderConfig, video: VideoEncoderConfig, seen: _Video, p: Precision
+    config: DecoderConfig, video: VideoEncoderConfig, seen: VideoTokens, clips: int, p: Precision
 ) -> Iterable[tuple[str, Work]]:
     """The pixel decoder. Its last block computes rebuilt patches alone, see `Block.end`."""
     width, pixels = config.width, 3 * video.patch**2 * video.tubelet
-    visible = seen.visible + (seen.left if config.decoder_input == "exit" else 0)
-    enters = visible + (seen.sequences if config.cls else 0)
-    asked = seen.sequences * max(1, round(config.share * seen.removed))
+    sequences = clips * seen.sequences
+    enters = sequences * (seen.patches[0 if config.decoder_input == "exit" else -1] + config.cls)
+    asked = sequences * max(1, round(config.share * seen.masked))
     rows = enters + asked
-    length = rows / seen.sequences
+    length = rows / sequences
     tables = (1 + video.times(video.frames) * video.patches + config.cls) * width
     enter = linear(enters, video.width, width, p) + Work(
         bytes=3 * p.stream * rows * width, backward_bytes=3 * p.stream * rows * width, weights=tables
@@ -592,7 +593,8 @@ DEVICES = {
         Device("H100", 989.4e12, 3350e9, 80e9, ("H100 80GB HBM3",)),  # SXM; H100 data sheet: 1,979 with sparsity
         Device("H100 PCIe", 756e12, 2000e9, 80e9, ("H100 PCIe",)),  # H100 data sheet: 1,513 with sparsity
         Device("H200", 989.4e12, 4800e9, 141e9, ("H200",)),  # H200 data sheet: 1,979 with sparsity
-        # HGX B200 data sheet: 4,500 with sparsity, 62 TB/s and 1.44 TB for 8
+        # Blackwell data sheet, HGX B200: 4,500 with sparsity, 7.7 TB/s (62 for 8). Early pages said 8; drivers tell
+        # 7,680 bits at 3,996 MHz, twice a cycle: 7.67 (pytorch/ao#4002).
         Device("B200", 2250e12, 7700e9, 180e9, ("B200",)),
     ]
 }
@@ -736,11 +738,6 @@ def memory(counted: Mapping[str, Work], job: Job) -> dict[str, float]:
     if job.shard:  # what is in no block stays gathered, with its gradient; and two blocks are there at a time
         found["gathered"] = 2 * (state - 4 * sum(work.weights for work in blocks)) + 3 * largest
     return found
-
-
-def checkpoint_bytes(counted: Mapping[str, Work]) -> float:
-    """Weights and both moments, fp32."""
-    return 12 * total(counted.values()).weights
 
 
 @dataclass(frozen=True)
@@ -896,6 +893,26 @@ def schedule(recipe: Recipe, load: Load, points: int = 20, steps: int | None = N
     be masked."""
     steps = recipe.optim.steps if steps is None else steps
     return [replace(load, step=int(steps * (i + 0.5) / points)) for i in range(points)]
+
+
+class Stage(NamedTuple):
+    """Steps of a run that are alike."""
+
+    share: float  # of all steps
+    load: Load
+    counted: dict[str, Work]
+
+
+def stages(
+    recipe: Recipe, load: Load, count: Callable[[Recipe, Load], dict[str, Work]] = parts, steps: int | None = None
+) -> list[Stage]:
+    """The points of `schedule`, those that mask and prune alike as one; what `count` says is a mean over the run when
+    it is weighted by `share`."""
+    alike = defaultdict[tuple[VideoMask, float], list[Load]](list)
+    for one in (points := schedule(recipe, load, steps=steps)):
+        assert one.step is not None
+        alike[video_mask(recipe, one.step), keep_rate(recipe, one.step)].append(one)
+    return [Stage(len(ones) / len(points), ones[0], count(recipe, ones[0])) for ones in alike.values()]
 
 
 def dense(recipe: Recipe) -> Recipe:

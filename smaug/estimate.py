@@ -17,6 +17,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from html import escape
 from itertools import zip_longest
 from pathlib import Path
@@ -33,7 +34,7 @@ from rich.table import Table
 from smaug import cost
 from smaug import device as devices
 from smaug import recipe as recipes
-from smaug.cost import CLUSTERS, IB200, PCIE4, RANGE, Cluster, Device, Job, Load, Work
+from smaug.cost import CLUSTERS, IB200, PCIE4, RANGE, Cluster, Device, Job, Load, Stage, Work
 from smaug.model.model import SIZES
 from smaug.objectives.answer import Answer
 from smaug.objectives.mc import Mc
@@ -41,7 +42,6 @@ from smaug.objectives.mvm import Mvm
 from smaug.objectives.vtc import Vtc
 from smaug.recipe import Recipe
 from smaug.run import refuse, warn, write
-from smaug.step import keep_rate, video_mask
 from smaug.train import DEFAULT_RECIPE
 
 PREDICTION = "PREDICTION, from counted FLOPs and bytes: nobody measured it."
@@ -218,26 +218,11 @@ class Side:
         return whole
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Steps of a run that are alike."""
-
-    share: float  # of all steps
-    load: Load
-    counted: dict[str, Work]
-
-
 def stages(recipe: Recipe, options: Options, precision: cost.Precision) -> list[Stage]:
-    """The schedule: pruning warms up, and at the end nothing may be masked."""
-    alike = defaultdict[Any, list[Load]](list)
-    for load in cost.schedule(recipe, Load(options.batch // options.gpus, words=options.words, world=options.gpus)):
-        assert load.step is not None
-        alike[video_mask(recipe, load.step), keep_rate(recipe, load.step)].append(load)
-    points, words = sum(map(len, alike.values())), vocabulary(recipe)
-    return [
-        Stage(len(loads) / points, loads[0], cost.parts(recipe, loads[0], vocabulary=words, precision=precision))
-        for loads in alike.values()
-    ]
+    """Of the run that is asked for, of one GPU."""
+    load = Load(options.batch // options.gpus, words=options.words, world=options.gpus)
+    count = partial(cost.parts, vocabulary=vocabulary(recipe), precision=precision)
+    return cost.stages(recipe, load, count)
 
 
 def side(recipe: Recipe, counted: list[Stage], job: Job, machine: Machine) -> Side:
@@ -248,7 +233,8 @@ def side(recipe: Recipe, counted: list[Stage], job: Job, machine: Machine) -> Si
         held = cost.memory(stage.counted, job)
         memory = max(memory, sum(held.values()) - machine.measured * held["context"])  # a CPU has none
         weights = cost.total(stage.counted.values()).weights
-        tokens = [m + stage.share * now for m, now in zip(tokens, entering(recipe, stage.load), strict=True)]
+        seen = cost.video_tokens(recipe, stage.load.step)
+        tokens = [m + stage.share * (seen.sequences * n) for m, n in zip(tokens, seen.rows[:-1], strict=True)]
     return Side(dict(rows), memory, weights, tokens)
 
 
@@ -309,20 +295,6 @@ def row_of(part: str, recipe: Recipe) -> str:
 
 def vocabulary(recipe: Recipe) -> int:
     return 30522 if recipe.model.text.start else recipe.data.vocabulary  # BERT's
-
-
-def entering(recipe: Recipe, load: Load) -> list[float]:
-    """Tokens of a clip that enter each video block."""
-    assert load.step is not None
-    video, rate = recipe.model.video, keep_rate(recipe, load.step)
-    sequences = video.sequences(video.frames)
-    patches = video_mask(recipe, load.step).keep(video.times(video.frames), video.patches) // sequences
-    fused, found = 0, []
-    for number in range(video.depth):
-        found.append(float(sequences * (1 + patches + fused)))
-        if number in video.prune.blocks and (stay := video.prune.count(patches, rate)) < patches:
-            patches, fused = stay, fused + (video.prune.fuse != "none")
-    return found
 
 
 @dataclass(frozen=True)

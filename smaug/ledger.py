@@ -38,7 +38,7 @@ from smaug.objectives.vtc import VtcHeads
 from smaug.objectives.vtm import Vtm
 from smaug.recipe import Recipe
 from smaug.run import warn, write
-from smaug.step import Step, keep_rate, text_views, video_mask
+from smaug.step import Step, text_views
 
 VERSION = 1  # of the file
 FILE = "ledger.json"
@@ -271,32 +271,23 @@ def count_tokens(recipe: Recipe, batch: Batch) -> Tokens:
 
     Of batches with capacity (`Batch.rounded`) rows are those that are computed, and padding is not known.
     """
-    video, mask, rate = recipe.model.video, video_mask(recipe, batch.step), keep_rate(recipe, batch.step)
     mvm = next((o for o in recipe.objectives.values() if isinstance(o, Mvm)), None)
     rows = dict.fromkeys(("computed", "masked", "pruned"), 0)
     keys = dict.fromkeys(("computed", "masked", "pruned", "not selected"), 0)  # if each clip met one text
     pixels = dict.fromkeys(("computed", "not decoded", "pruned"), 0)
     for group in batch.groups:
-        clips, frames = len(group.samples), group.video.shape[1]
-        each, times = video.sequences(frames), video.times(frames)
-        patches, kept = times * video.patches // each, mask.keep(times, video.patches) // each
-        removed, entered, fused, lengths = patches - kept, kept, 0, []
-        for block in range(video.depth):
-            if block in video.prune.blocks:
-                stay = video.prune.count(kept, rate)
-                fused += stay < kept and video.prune.fuse != "none"
-                kept = stay
-            lengths.append(1 + kept + fused)
-        sequences, last = clips * each, 1 + kept + fused
-        computed = round(sequences * sum(lengths) / len(lengths))
+        clips, seen = len(group.samples), cost.video_tokens(recipe, batch.step, group.video.shape[1])
+        each, (entered, *_, kept), last = seen.sequences, seen.patches, seen.rows[-1]
+        removed, sequences = seen.masked, clips * each
+        computed = round(sequences * sum(seen.rows[1:]) / recipe.model.video.depth)
         rows["computed"] += computed
         rows["masked"] += sequences * removed
         rows["pruned"] += sequences * (1 + entered) - computed
-        seen = min(each, recipe.model.selector.keep or each)
-        keys["computed"] += clips * seen * last
+        looked = min(each, recipe.model.selector.keep or each)
+        keys["computed"] += clips * looked * last
         keys["masked"] += sequences * removed
         keys["pruned"] += sequences * (1 + entered - last)
-        keys["not selected"] += clips * (each - seen) * last
+        keys["not selected"] += clips * (each - looked) * last
         if mvm is not None and removed:
             asked = min(removed, max(1, round(mvm.decoder.share * removed)))
             given = entered if mvm.decoder.decoder_input == "exit" else kept

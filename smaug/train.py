@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -235,7 +236,9 @@ def run(options: Options, size: str, command: str) -> int:
         starts = pretrained.load_weights(scratch, recipe.model)
     parameters = sum(p.numel() for p in scratch.parameters())
     vocabulary = max(words, recipe.data.vocabulary if recipe.data.manifest else 0)  # at most; the embedded set is small
-    seconds, why = predicted_seconds(recipe, steps, way, ranks, vocabulary, options.checkpoint_blocks)
+    seconds, why = predicted_seconds(
+        recipe, steps, way, ranks, vocabulary, options.checkpoint_blocks, options.micro_batch
+    )
     console.print(
         f"[bold]smaug {smaug.__version__}[/]  recipe {recipe.name}, size {size}, seed {recipe.seed}", markup=True
     )
@@ -461,31 +464,42 @@ def _tokenizer(folder: Path, clips: Clips, options: Options, first: bool) -> Tok
 
 
 def predicted_seconds(
-    recipe: Recipe, steps: int, way: device.Way, ranks: int, vocabulary: int, again: bool
+    recipe: Recipe, steps: int, way: device.Way, ranks: int, vocabulary: int, again: bool, micro_batch: int = 0
 ) -> tuple[float, str]:
     """Of the first `steps` of a run's schedule, and what that is from: "" on a CPU for a run so short that to calibrate
-    would take as long. again: the backward computes blocks again. What processes tell each other is left out."""
+    would take as long. again: the backward computes blocks again. micro_batch: pairs that are encoded at once, in two
+    forwards (GradCache); 0: all, in one. What processes tell each other is left out."""
     pairs = max(1, recipe.data.batch // ranks)
+    rounds = -(-pairs // (micro_batch or pairs))
     bf16 = cost.BF16_GPU if way.device.type == "cuda" else cost.BF16_CPU
-    precision = cost.FP32 if way.dtype == torch.float32 else bf16
-    loads = cost.schedule(recipe, cost.Load(pairs, world=ranks), steps=steps)
-    counts = [cost.parts(recipe, load, vocabulary=vocabulary, precision=precision) for load in loads]
+    parts = partial(cost.parts, vocabulary=vocabulary, precision=cost.FP32 if way.dtype == torch.float32 else bf16)
+
+    def encoders(counted: dict[str, cost.Work]) -> dict[str, cost.Work]:
+        return {name: work for name, work in counted.items() if name.startswith(cost.ENCODERS)}
+
+    def count(recipe: Recipe, load: cost.Load) -> dict[str, cost.Work]:
+        part = encoders(parts(recipe, replace(load, pairs=round(pairs / rounds))))
+        return parts(recipe, load) | {name: cost.total([work] * rounds) for name, work in part.items()}
+
+    run = cost.stages(recipe, cost.Load(pairs, world=ranks), count if rounds > 1 else parts, steps)
     if way.device.type == "cuda":
         gpu = cost.of_gpu(torch.cuda.get_device_name(way.device)) if way.dtype == torch.bfloat16 else None
         whose = "of its data sheet" if gpu else "of a product"
-        gpu, share, launch = gpu or cost.calibrate(way), cost.EFFICIENCY, cost.LAUNCH
-        why = f"a prediction, from counted FLOPs at {share:.0%} of the {gpu.flops / 1e12:.0f} TFLOP/s {whose}"
+        gpu, efficiency, launch = gpu or cost.calibrate(way), cost.EFFICIENCY, cost.LAUNCH
+        why = f"a prediction, from counted FLOPs at {efficiency:.0%} of the {gpu.flops / 1e12:.0f} TFLOP/s {whose}"
     else:
-        flops = steps * sum(work.step_flops for counted in counts for work in counted.values()) / len(counts)
+        flops = steps * sum(share * cost.total(counted.values()).step_flops for share, _, counted in run)
         if flops < SHORT * device.matrix_rate(way):
             return 0.0, ""
-        gpu, share, launch = cost.calibrate(way, seconds=0.5), 1.0, 0.0
+        gpu, efficiency, launch = cost.calibrate(way, seconds=0.5), 1.0, 0.0
         why = "counted operations, at rates measured just now"
-    each = []
-    for counted in counts:
-        computed = sum(cost.computing(counted, gpu, cost.Job(checkpoint_blocks=again), share))
-        each.append(max(computed, launch * sum(work.launches for work in counted.values())))
-    return steps * sum(each) / len(each), why
+    seconds, job = 0.0, cost.Job(checkpoint_blocks=again)
+    for share, _, counted in run:
+        twice = encoders(counted) if rounds > 1 else {}
+        computed = sum(cost.computing(counted, gpu, job, efficiency)) + cost.computing(twice, gpu, job, efficiency)[0]
+        launches = cost.total(counted.values()).launches + cost.total(twice.values()).launches / 3  # as in `step_time`
+        seconds += steps * share * max(computed, launch * launches)
+    return seconds, why
 
 
 def main() -> int:

@@ -371,6 +371,34 @@ def test_a_contrast_in_parts_holds_less():
     assert cost.contrast(pairs, 1, 128, 8192).flops == 2 * pairs * pairs * 128
 
 
+def test_tokens_of_a_frame_by_hand():
+    """Half of 196 patches are seen; at blocks 3, 6 and 9 of 12, 70 % of them stay, rounded up, and one token for those
+    that leave. Warmed up; before, all stay; and at the end nothing is masked. What a block does is behind it."""
+    recipe = changed(load("smaug", "base"), unmask_last=0.1)
+    seen = cost.video_tokens(recipe, recipe.optim.steps // 2)
+    assert seen == cost.video_tokens(recipe) and (seen.sequences, seen.masked) == (4, 98)
+    assert list(seen.rows) == [99] * 4 + [1 + 69 + 1] * 3 + [1 + 49 + 2] * 3 + [1 + 35 + 3] * 3
+    assert cost.video_tokens(recipe, 0).rows == (99,) * 13
+    unmasked = cost.video_tokens(recipe, recipe.optim.steps - 1, frames=1)
+    assert (unmasked.sequences, unmasked.masked) == (1, 0)
+    assert unmasked.patches[::4] == (196, 138, 97, 68)
+    clip = cost.video_tokens(
+        changed(recipe, {"attend": "clip", "depth": 3, "prune": PruneConfig((0, 2), keep=0.5, fuse="none")})
+    )
+    assert clip.rows == (1 + 4 * 98, 1 + 196, 1 + 196, 1 + 98) and (clip.sequences, clip.masked) == (1, 392)
+
+
+def test_steps_that_are_alike_are_counted_once():
+    """30 % of them warm up, one by one, and in the last tenth nothing is masked."""
+    recipe = changed(load("smaug", "base"), unmask_last=0.1)
+    found = cost.stages(recipe, cost.Load(8))
+    assert [share for share, *_ in found] == [0.05] * 6 + [0.6, 0.1]
+    every = [cost.total(cost.parts(recipe, each).values()).flops for each in cost.schedule(recipe, cost.Load(8))]
+    mean = sum(stage.share * cost.total(stage.counted.values()).flops for stage in found)
+    assert mean == pytest.approx(sum(every) / len(every))
+    assert [stage.share for stage in cost.stages(recipe, cost.Load(8), steps=60)] == [0.05] * 20
+
+
 def test_a_run_costs_more_while_pruning_warms_up():
     recipe = load("smaug", "base")
     flops = [cost.total(cost.parts(recipe, each).values()).step_flops for each in cost.schedule(recipe, cost.Load(8))]
@@ -424,16 +452,18 @@ def test_a_device_that_is_not_known():
 @pytest.mark.parametrize("name", names())
 def test_the_dense_baseline_leaves_nothing_out(name):
     recipe = cost.dense(load(name, "base"))
-    seen, video = cost._video(recipe, cost.Load(8), cost.FP32), recipe.model.video
-    assert seen.removed == seen.left == 0 and seen.visible == 8 * video.times(video.frames) * video.patches
+    seen, video = cost.video_tokens(recipe), recipe.model.video
+    assert seen.masked == 0 and seen.sequences * seen.patches[-1] == video.times(video.frames) * video.patches
+    assert len(set(seen.rows)) == 1 and len(seen.rows) == video.depth + 1
     assert all(view.words == 12 for view in cost._views(recipe, cost.Load(8)).values())
     assert not any("selector" in part or "mvm" in part for part in cost.parts(recipe, cost.Load(8)))
     assert cost.dense(recipe) == recipe
 
 
-def test_steps_that_were_measured_on_this_cpu():
+@pytest.mark.parametrize("threads", scaling.THREADS)
+def test_steps_that_were_measured_on_this_cpu(threads):
     """Of numbers of one day that are kept; so a change of the model cannot spoil it unseen."""
-    found = scaling.points()
+    found = scaling.points(threads)
     assert len(found) >= 12 and len({point.row["configuration"].split(",")[0] for point in found}) == 7
     assert scaling.median_error(found) <= scaling.BAND
     assert max(abs(point.error) for point in found) <= 0.3

@@ -388,6 +388,7 @@ def test_a_bad_manifest_is_told_in_a_sentence(call, own, text, said):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"the shared real clips are not at {SHARED}")
+@pytest.mark.slow
 def test_real_clips_and_images_are_learned(call):
     code, _, err = call(
         train.main, "mac", "--fast", "--data.manifest", SHARED / "clips.csv", SHARED / "images.csv",
@@ -470,6 +471,8 @@ def test_the_time_that_is_told(monkeypatch):
         train.predicted_seconds(recipe, *given)[0]
         for given in ((300, gpu, 1, 30522, False), (600, gpu, 2, 30522, False), (600, gpu, 1, 30522, True))
     )
+    halves, alone = (train.predicted_seconds(recipe, 600, gpu, 1, 30522, False, pairs)[0] for pairs in (64, 128))
+    assert alone == seconds and 1.25 < halves / seconds < 1.35  # encoders, most of it, run forward once more
     cpu = device.Way(torch.device("cpu"), torch.float32, "auto", "")
     assert train.predicted_seconds(load("smaug"), 1, cpu, 1, 200, again=False) == (0.0, "")  # no number for a moment
     assert begin > 0.52 * seconds and 0.5 < several / seconds < 0.55 and 1.25 < again / seconds < 1.35

@@ -220,7 +220,10 @@ shapes.decoded(shapes.build({clips}), 'train', 32)""",
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment",
+    [moment if moment.startswith("before") else pytest.param(moment, marks=pytest.mark.slow) for moment in MOMENTS],
+)
 def test_a_killed_build_leaves_nothing_that_is_trusted(moment, tmp_path, monkeypatch, undisturbed):
     process = run(MOMENTS[moment].replace("{clips}", str(TINY)), tmp_path)
     _, errors = process.communicate(timeout=60)

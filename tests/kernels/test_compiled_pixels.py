@@ -71,7 +71,7 @@ def check_all(parts, architecture, last):
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("architecture", [80, 86, 90])
+@pytest.mark.parametrize("architecture", [80, *(pytest.param(each, marks=pytest.mark.slow) for each in (86, 90))])
 def test_a_training_step_of_uint8_video(architecture, last):
     parts = recorded(architecture, last)
     assert [[x.name for x in part] for part in parts] == [

@@ -29,6 +29,7 @@ def test_every_kernel_passes_the_gate():
     assert table.failures(table.read()) == []
 
 
+@pytest.mark.slow
 def test_a_variant_of_each_kernel_compiles_to_the_same(variants):
     chosen, kept = table.sample(variants), table.read()
     assert len(chosen) <= 40

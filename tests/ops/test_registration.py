@@ -157,7 +157,10 @@ MODES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("op", OPS)
+LONG = "select_tokens", "patch_embed", "attention"  # five seconds each
+
+
+@pytest.mark.parametrize("op", [pytest.param(op, marks=pytest.mark.slow if op in LONG else ()) for op in OPS])
 def test_opcheck(op, subtests):
     """Of a reference, which is the same function under a name of its own, in the first mode only. Tracing, which takes
     most of the time, of a backward in its first mode: it has no gradient, and its op's own tracing runs it in all."""
