@@ -23,13 +23,13 @@ from smaug.report.page import page
 from smaug.report.published import PUBLISHED
 from smaug.report.runs import Run, read_runs
 from smaug.report.words import device, headline, hours, other_costs, sentence
-from smaug.run import refuse, write
+from smaug.run import refuse, warn, write
 
 
 @dataclass(frozen=True)
 class Options:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]  # folders of runs
-    out: Path | None = None  # the page; default: report.html, but none with --json alone
+    out: Path | None = None  # the page; default: report.html, but none with --json alone or without plotly
     baseline: Path | None = None  # run that the others are held against
     target: float | None = None  # score (0.4 is 40 %) to hold them to; default: the highest that both reached
     json: Path | None = None  # the numbers as JSON, in a file or with - on the terminal, which then shows nothing else
@@ -79,7 +79,11 @@ def check(options: Options) -> Path | None:
     if out and out.suffix not in (".html", ".htm"):
         raise ValueError(f"--out {out} is a page, so its name must end in .html")
     if out and importlib.util.find_spec("plotly") is None:
-        raise ValueError("the page needs plotly: pip install -c constraints.txt -e '.[plots]'; or use --json - alone")
+        lacking = "the page needs plotly: pip install -c constraints.txt -e '.[plots]'"
+        if options.out:
+            raise ValueError(lacking)
+        warn([f"{lacking}. Without it there is the table alone"])
+        return None
     return out
 
 
