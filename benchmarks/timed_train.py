@@ -55,7 +55,7 @@ def main() -> int:
         in_phases(watch, **calls),
         mock.patch.object(Loader, "ahead", waited_for),
         mock.patch.object(Loop, "_count", counted),
-        mock.patch.object(train, "evaluate", lambda *_, **__: {"split": "test"}),
+        mock.patch.object(train, "evaluate", lambda *_, **__: {}),
         mock.patch.object(train, "print_result", lambda *_: None),
     ):
         code = train.main()

@@ -129,7 +129,7 @@ def rates(way: Way, seconds: float = 5.0) -> dict[str, tuple[float, float]]:
 
 def _typical(time_it: Callable[[], list[list[Took]]], threads: int) -> list[float]:
     """Seconds of each thing that is timed: what one thread gets of the processor for it, shortened as much as more of
-    them shorten it by the clock, which for products is most and for short attention nothing. By the clock alone, two
+    them shorten it by the clock, which for products is most of it and for AdamW nothing. By the clock alone, two
     threads whose cores others use were told from 5 to 160 s for the same 20 steps. What others take of caches and
     memory still shows, a third more or so."""
     torch.set_num_threads(1)

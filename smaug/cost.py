@@ -908,10 +908,10 @@ def stages(
 ) -> list[Stage]:
     """The points of `schedule`, those that mask and prune alike as one; what `count` says is a mean over the run when
     it is weighted by `share`."""
-    alike = defaultdict[tuple[VideoMask, float], list[Load]](list)
+    alike, prunes = defaultdict[tuple[VideoMask, float], list[Load]](list), bool(recipe.model.video.prune.blocks)
     for one in (points := schedule(recipe, load, steps=steps)):
         assert one.step is not None
-        alike[video_mask(recipe, one.step), keep_rate(recipe, one.step)].append(one)
+        alike[video_mask(recipe, one.step), prunes and keep_rate(recipe, one.step)].append(one)
     return [Stage(len(ones) / len(points), ones[0], count(recipe, ones[0])) for ones in alike.values()]
 
 

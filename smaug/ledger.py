@@ -94,7 +94,7 @@ class Result:
     """A score, and what had been spent when it was reached: by all turns, its own evaluation included."""
 
     step: int
-    split: str  # "val": while it trained; at the end "test", or what one's own files are
+    split: str  # "val": while it trained; "test": at the end, whatever one's own files are called
     scores: Mapping[str, float]
     device_seconds: float
     evaluation_seconds: float  # of these, those of evaluations
@@ -167,7 +167,7 @@ def read(folder: Path) -> Ledger:
 # --- time -------------------------------------------------------------------------------------------------------------
 
 FORWARD = "forward: rest"
-REPLAYED = "replayed forward and backward"  # of a CUDA graph, which has no marks inside
+REPLAYED = "forward and backward"  # with CUDA graphs, which have no marks inside
 BESIDE = ("data", "checkpoint", "evaluation")  # phases in which no step is computed
 MARKS = 256  # on a GPU, kept before it is asked which of them it has passed
 
@@ -518,7 +518,10 @@ def behind(folder: Path, totals: Mapping[str, float]) -> Ledger:
         try:
             return read(folder)
         except ValueError as error:
-            aside = path.rename(path.with_name(f"{FILE}.damaged"))
+            aside = path.with_name(f"{FILE}.damaged")
+            if aside.exists():  # what it had, nothing else has
+                raise
+            path.rename(aside)
             warn([f"{error}; it is {aside.name} from now on, and costs before this start are those of the checkpoint"])
             why = f"not recorded: {FILE} was damaged"
     if not totals["step"]:

@@ -295,7 +295,7 @@ def _print_cost(console: Console, spent: Turn) -> None:
         f"({spent.wall_seconds / 60:.1f} minutes in all) on {spent.machine}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-    if not spent.steps:  # what follows are shares of nothing
+    if not (spent.steps and spent.flops):  # shares of nothing, or not known, see `ledger.behind`
         return
     lines = ["  " + ", ".join(f"{name} {s / training:.0%}" for name, s in phases.items() if name != "evaluation")]
     stages = []

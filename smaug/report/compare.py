@@ -84,6 +84,7 @@ def _warnings(run: Run, base: Run) -> list[str]:
     def of(one: Run) -> dict[str, str]:
         recipe, data = one.recipe, one.recipe.get("data") or {}
         frames = recipe.get("eval_frames") or recipe.get("model", {}).get("video", {}).get("frames")
+        top = recipe.get("eval_top")
         return {
             "machine": one.machine,
             "choice of --fast": str(one.config.get("fast", "")),
@@ -91,7 +92,7 @@ def _warnings(run: Run, base: Run) -> list[str]:
             "number of processes": one.of_turns("processes"),
             "set of training data": str(data.get("manifest") or data.get("shapes") or ""),
             "start": str(one.config.get("init") or "its recipe's"),
-            "evaluation": f"{frames} frames, {recipe.get('eval_top')} candidates of the match head" if frames else "",
+            "evaluation": "" if None in (frames, top) else f"{frames} frames, {top} candidates of the match head",
         }
 
     mine, theirs = of(run), of(base)

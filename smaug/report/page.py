@@ -142,7 +142,7 @@ def _results(runs: Sequence[Run]) -> Iterator[str]:
         if total := run.total:
             kept, used, joules = run.tokens_kept(), total.utilisation, total.energy_joules
             cells = [
-                short(total.clips), "" if kept is None else f"{kept:.0%}", short(total.flops),
+                short(total.clips), "" if kept is None else f"{kept:.0%}", short(total.flops) if total.flops else "",
                 f"{total.flops / total.flops_dense:.0%}" if total.flops_dense else "",
                 "" if used is None else f"{used:.1%}", f"{total.peak_bytes / 2**30:.2f} GiB",
                 "" if joules is None else f"{number(joules / 3.6e6)} kWh",
@@ -186,6 +186,8 @@ def _scores(runs: Sequence[Run], comparisons: Sequence[Comparison], figures: Fig
         lacking = [run for _, run in those if run not in drawn]
         yield from _lacking([run for run in lacking if run.curve or run.end], "since what its scores cost is not known")
         yield from _lacking([run for run in lacking if not (run.curve or run.end)], "having no score yet")
+        stars = [run for run in drawn if run.end and run.end.hours is None]
+        yield from _lacking(stars, "as a star, since what its end has cost is not known")
 
 
 def _devices(runs: Sequence[Run]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -206,11 +207,13 @@ def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _curve(rows: list[dict[str, Any]], book: ledger.Ledger | None, key: str) -> list[Point]:
-    """In the order of time, which after a kill is not that of the steps."""
-    if book is not None:
-        return [_point(one, key) for one in book.results if one.split == "val" and key in one.scores]
-    scored = [row for row in rows if row.get(f"val_{key}") is not None]
-    return [Point(int(row["step"]), row[f"val_{key}"], None, None, None) for row in scored]
+    """In the order of time, which after a kill is not that of the steps; first what was scored before there was a
+    ledger, at costs that nobody knows."""
+    results = book.results if book else ()
+    known = [_point(one, key) for one in results if one.split == "val" and key in one.scores]
+    first = known[0].step if known else math.inf
+    scored = [row for row in rows if row.get(f"val_{key}") is not None and row["step"] < first]
+    return [Point(int(row["step"]), row[f"val_{key}"], None, None, None) for row in scored] + known
 
 
 def _point(result: ledger.Result, key: str) -> Point:

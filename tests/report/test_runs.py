@@ -55,6 +55,16 @@ def test_a_run_that_began_before_there_were_ledgers(write_run):
     assert run.hours == pytest.approx(0.03) and "not recorded" not in page([run], [])
 
 
+def test_scores_from_before_a_ledger_was_damaged_are_kept(write_run):
+    folder = write_run("a")
+    book = json.loads((folder / "ledger.json").read_text())
+    book["results"] = [one for one in book["results"] if one["step"] > 20]
+    (folder / "ledger.json").write_text(json.dumps(book))
+    [run] = read_runs([folder])
+    assert [(point.step, point.score) for point in run.curve] == [(20, 0.1), (40, 0.2), (60, 0.4)]
+    assert run.curve[0].hours is None and run.curve[1].hours > 0
+
+
 def test_without_a_ledger_costs_are_not_known(write_run):
     for damaged in (False, True):
         folder = write_run(f"a{damaged}", ledger=False)
