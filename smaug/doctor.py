@@ -210,7 +210,7 @@ def gpu(facts: Facts) -> Iterator[Finding]:
         yield Finding("gpu", "ok", "none: runs compute on the processor")
     elif not (cuda or hip):
         version = torch.__version__.partition("+")[0]
-        do = f"pip install --force-reinstall --index-url https://pypi.org/simple torch=={version}"
+        do = f"pip install --force-reinstall torch=={version}"
         yield Finding("gpu", "note", "this machine has an NVIDIA GPU, and this torch is a build without CUDA", do)
     else:
         why = f"it finds none; CUDA_VISIBLE_DEVICES is {os.environ.get('CUDA_VISIBLE_DEVICES')!r}"

@@ -546,7 +546,7 @@ def test_a_gpu_that_torch_cannot_use_by_stand_in(monkeypatch, tmp_path, cuda, wo
     )
     if cuda is None:
         version = torch.__version__.partition("+")[0]
-        assert found["gpu"].do == f"pip install --force-reinstall --index-url https://pypi.org/simple torch=={version}"
+        assert found["gpu"].do == f"pip install --force-reinstall torch=={version}"
 
 
 # As it is typed
