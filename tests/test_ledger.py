@@ -364,7 +364,8 @@ def test_a_run_pays_for_all_its_time(call, monkeypatch):
         "evaluation",
         "rest",
     } == set(turn.seconds)
-    assert turn.seconds["backward"] > turn.seconds["optimizer"] and turn.seconds["evaluation"] > 0
+    assert turn.seconds["backward"] > 0.1 * turn.training_seconds and turn.seconds["evaluation"] > 0.1
+    assert min(turn.seconds.values()) > 0 and turn.seconds["backward"] > turn.seconds["optimizer"]
     assert turn.wall_seconds > sum(turn.seconds.values()) > wall
     assert (turn.from_step, turn.to_step, turn.steps, turn.clips, turn.processes) == (0, 6, 6, 96, 1)
     assert 1e6 < turn.flops < turn.flops_dense and 0 < turn.utilisation < 1 and turn.peak_bytes > 1e8

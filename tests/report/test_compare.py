@@ -6,9 +6,8 @@ from smaug.report.compare import compare, reached
 from smaug.report.runs import read_runs
 from smaug.report.words import headline, other_costs, sentence
 
-FRAMES = "another evaluation: sparse has 8 frames, {0}, dense has 16 frames, {0}".format(
-    "16 candidates of the match head"
-)
+TOP = "16 candidates of the match head"
+FRAMES = f"another evaluation: sparse has 8 frames, {TOP}, dense has 16 frames, {TOP}"
 
 
 def test_reached_is_straight_between_points():
