@@ -9,6 +9,7 @@ Every table but those of what was measured is a prediction: arithmetic of smaug/
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import re
 import sys
@@ -447,6 +448,7 @@ class Point:
         return self.predicted / self.seconds - 1
 
 
+@functools.cache  # each is held against several thread counts
 def counted_here(name: str, dtype: str) -> Work:
     recipe, pairs = configurations()[name]
     batch = batch_of(recipe, pairs, torch.device("cpu"))
